@@ -1,0 +1,140 @@
+"""Reads TFRecord files of `tf.train.Example` without TensorFlow.
+
+The format (tensorflow/core/lib/io/record_writer.h): each record is its length (uint64, little
+endian), a masked CRC-32C of those 8 bytes, the payload and a masked CRC-32C of the payload.
+"""
+
+import gzip
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import google_crc32c
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+__all__ = ["DataError", "byte_feature", "is_gzip", "is_tfrecord", "read_examples"]
+
+BUFFER = 1 << 20  # bytes decompressed at a time
+
+
+class DataError(ValueError):
+    """A file does not hold what it should; the message is one line with the file and the record."""
+
+
+def is_gzip(head: bytes) -> bool:
+    """Whether a file that begins with the 12 bytes `head` is compressed with gzip."""
+    return head.startswith(b"\x1f\x8b")
+
+
+def is_tfrecord(head: bytes) -> bool:
+    """Whether a file that begins with the 12 bytes `head` is an uncompressed TFRecord file."""
+    return len(head) == 12 and _checksum(head[:8]) == struct.unpack("<I", head[8:])[0]
+
+
+def read_examples(file: BinaryIO, *, compressed: bool) -> Iterator[dict[str, bytes]]:
+    """The records of an open file one by one, in constant memory.
+
+    Args:
+        file: a binary file, at its beginning.
+        compressed: whether the file is compressed with gzip.
+
+    Yields:
+        by feature name, the feature's serialized `BytesList` (empty for a feature of numbers), as
+        `byte_feature` takes it.
+
+    Raises:
+        DataError: a record is cut off, fails its checksum or is no `tf.train.Example`. The message
+            does not name the file or the record, which the caller knows.
+    """
+    stream = io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER) if compressed else file
+    while header := _read(stream, 12):
+        if len(header) < 12:
+            raise DataError(f"the file ends within the record's length: {len(header)} of 12 bytes are there")
+        if not is_tfrecord(header):
+            raise DataError("the length fails its checksum: the file is damaged or is no TFRecord file")
+        (length,) = struct.unpack("<Q", header[:8])
+        payload, footer = _read(stream, length), _read(stream, 4)
+        if len(footer) < 4:
+            raise DataError(f"the file ends within the record: {len(payload)} of {length} bytes are there")
+        if _checksum(payload) != struct.unpack("<I", footer)[0]:
+            raise DataError(f"the {length} bytes of the record fail their checksum: the file is damaged")
+        try:
+            features = _Example.FromString(payload).features.feature
+        except DecodeError:
+            raise DataError(f"the {length} bytes of the record are no tf.train.Example") from None
+        yield {name: feature.bytes_list for name, feature in features.items()}
+
+
+def byte_feature(serialized: bytes) -> np.ndarray:
+    """The elements of a `BytesList` that holds one byte per element.
+
+    Every element is then three bytes: the tag of field 1, the length 1, and the byte itself. So a
+    list of n elements is read by striding instead of making n objects, 30 times as fast.
+
+    Args:
+        serialized: as `read_examples` yields it.
+
+    Returns:
+        uint8 (n,), a view of `serialized`.
+
+    Raises:
+        DataError: an element is not one byte long.
+    """
+    elements = np.frombuffer(serialized, np.uint8)
+    if len(elements) % 3 == 0:
+        elements = elements.reshape(-1, 3)
+        if (elements[:, :2] == (0x0A, 1)).all():
+            return elements[:, 2]
+    raise DataError("expected a list of elements of one byte each, got elements of other lengths")
+
+
+def _read(stream: BinaryIO, size: int) -> bytes:
+    """The next `size` bytes, fewer only at the end of the file."""
+    try:
+        return stream.read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        message = str(error).rstrip(".")
+        raise DataError(f"the gzip compression is cut off or damaged ({message})") from None
+
+
+def _checksum(data: bytes) -> int:
+    """CRC-32C, masked as TFRecord files have it: rotated right by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _example_class() -> type:
+    """The message class of `tf.train.Example`, as far as lists of bytes are concerned.
+
+    `bytes_list` is declared `bytes` instead of the message `BytesList`. The two look the same on
+    the wire, and the parser hands over the whole list untouched instead of splitting it up.
+    """
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="example", syntax="proto3")
+    feature = file.message_type.add(name="Feature")
+    feature.field.add(name="bytes_list", number=1, type=field.TYPE_BYTES, label=field.LABEL_OPTIONAL)
+
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    message = {"type": field.TYPE_MESSAGE, "label": field.LABEL_OPTIONAL}
+    entry.field.add(name="value", number=2, type_name=".example.Feature", **message)
+    message = {"type": field.TYPE_MESSAGE, "label": field.LABEL_REPEATED}
+    features.field.add(name="feature", number=1, type_name=".example.Features.FeatureEntry", **message)
+
+    example = file.message_type.add(name="Example")
+    message = {"type": field.TYPE_MESSAGE, "label": field.LABEL_OPTIONAL}
+    example.field.add(name="features", number=1, type_name=".example.Features", **message)
+
+    # A pool of its own: TensorFlow, where imported, registers its Example in the default one.
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("example.Example"))
+
+
+_Example = _example_class()

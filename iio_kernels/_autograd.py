@@ -1,0 +1,53 @@
+"""What the operations share around autograd: no autocast inside, and Functions of one derivative only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Switch autocast off; a device that has none (meta) refuses to be asked, and is left alone."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Decorate a Function's `backward` so that differentiating its gradients raises.
+
+    torch's own `once_differentiable` raises only where an incoming gradient requires gradient. That of a
+    scalar loss does not: under `create_graph=True` its gradients would pass for constants, and a penalty on
+    them do nothing.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        trigger = torch.zeros((), requires_grad=True)
+        return tuple(None if x is None else _Final.apply(x, trigger) for x in gradients)
+
+    return wrapper
+
+
+class _Final(torch.autograd.Function):
+    """The identity on a gradient not to be differentiated; `trigger` is what makes autograd record it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, trigger: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "this backend differentiates once: for second derivatives call the operation with "
+            'backend="reference"'
+        )

@@ -1,0 +1,83 @@
+"""The backends: which exist, whether each can serve here, and which one serves a call.
+
+A backend is one file `<name>.py` in each operation's folder, imported only when it is used, and one entry in
+`BACKENDS`. Backends never import each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operations.
+
+    `device_types` are the kinds of device it serves, None meaning all of them; `missing` returns None where the
+    backend can serve on this machine and otherwise the reason why it cannot, in words for the user.
+    """
+
+    device_types: tuple[str, ...] | None
+    missing: Callable[[], str | None]
+
+    def refuses(self, device: torch.device) -> str | None:
+        """Why this backend cannot serve tensors on `device`; None where it can."""
+        if self.device_types is not None and device.type not in self.device_types:
+            return f"it serves {', '.join(self.device_types)} tensors, and these are on {device}"
+        return self.missing()
+
+
+#: In order of preference: "auto" takes the first that serves the tensors' device.
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(device_types=None, missing=lambda: None),
+}
+
+
+def backends() -> dict[str, str | None]:
+    """The backends of this package: for each name None where it can be used here, otherwise why it cannot.
+
+    >>> iio_kernels.backends()
+    {'reference': None}
+    """
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The name of the backend that serves a call: `backend` itself, or by the device for "auto".
+
+    A backend asked for by name never falls back to another: it raises with the reason.
+
+    Raises:
+        ValueError: there is no backend of that name, or it does not serve this kind of device.
+        RuntimeError: it serves this kind of device, but not on this machine.
+    """
+    if backend == "auto":
+        return next(name for name, candidate in BACKENDS.items() if candidate.refuses(device) is None)
+    if backend not in BACKENDS:
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    reason = BACKENDS[backend].refuses(device)
+    if reason is not None:
+        kind = RuntimeError if reason == BACKENDS[backend].missing() else ValueError
+        raise kind(f"backend: {backend!r} cannot be used: {reason}")
+    return backend
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module that holds `backend`'s kernels of the operation `op`."""
+    name = f"iio_kernels.ops.{op}.{backend}"
+    _load(name)
+    return sys.modules[name]
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> bool:
+    """Import a module, out of sight of torch.compile, which cannot trace an import."""
+    importlib.import_module(name)
+    return True

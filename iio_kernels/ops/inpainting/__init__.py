@@ -1,0 +1,306 @@
+"""Gaussian inpainting and what is built on it: the IIO loss, conditional entropies, interaction information."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iio_kernels import _backends, _checks
+from iio_kernels._autograd import differentiable_once
+from iio_kernels.ops.inpainting import reference
+from iio_kernels.ops.inpainting.reference import Inpainter
+
+# The paragraphs that the four public functions share; `_documented` puts them in place of {these names}.
+_SHARED = {
+    "image": """image: `(B, C, H, W)`, floating point, meant to be in [0, 1]; any C >= 1, any strides.""",
+    "masks": """masks: `(B, K, H, W)`, floating point, meant to be in [0, 1] and to sum to 1 over K (a softmax).""",
+    "inpainter": """sigma: standard deviation of the Gaussian in pixels, > 0.
+        kernel_size: number of taps, odd, at most H and W. They are normalised to sum to 1; borders see zeros.
+        repeats: how many times the filter is applied, >= 1.
+        eps: >= 0, relative: eps times each plane's sum over pixels, taken before filtering, is added to it after,
+            so that far from a mask the prediction falls back to the mask's mean colour.""",
+    "backend": """backend: "auto" takes the fastest that serves the tensors' device; see `iio_kernels.backends()`.""",
+    "empty": """Empty masks: a term whose mask, or whose whole conditioning set, sums to exactly 0 is 0 with zero
+    gradient. Values are never inspected: a NaN travels into result and gradients, and no call waits for the device.""",
+    "raises": """Raises:
+        TypeError: image or masks is not a floating-point tensor, or an option has the wrong type.
+        ValueError: shapes, devices or options do not fit, or K is over the backend's limit (reference: 12).
+        RuntimeError: the backend asked for by name cannot be used on this machine.""",
+}
+
+
+def _documented(function: Any) -> Any:
+    if function.__doc__ is None:  # python -OO
+        return function
+    for name, text in _SHARED.items():
+        function.__doc__ = function.__doc__.replace("{" + name + "}", text)
+    return function
+
+
+@_documented
+def iio_loss(
+    image: Tensor,
+    masks: Tensor,
+    *,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+    terms: str = "sum",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The Interaction Information Optimization loss: minimise it to make masks that cannot predict one another.
+
+        loss = - mean_b sum_m (1 / ||m||_1) sum_{S subset of the other masks, S nonempty} ||m * (X - psi_S)||_1
+
+    psi_S is the image inpainted from the pixels under the masks in S (see `inpaint`); the norm is a mean over
+    channels and a sum over pixels. It is the negative sum of all conditional entropies,
+    `-conditional_entropies(image, masks).sum((1, 2)).mean()`, and for K = 2 the negative of the Inpainting Error
+    Maximization objective.
+
+    Args:
+        {image}
+        {masks} K from 2.
+        {inpainter}
+        terms: "sum" as above, which grows as K 2^(K-1) (28 terms at K = 4, 441 at K = 7), or "mean": each mask's sum
+            is divided by its number of terms, 2^(K-1) - 1.
+        reduction: over images, "mean", "sum" or "none" (returns `(B,)`). The mean over no images is NaN, as in torch.
+        {backend}
+
+    Returns:
+        A scalar, or `(B,)` for reduction="none", in at least float32 (the wider of the inputs' dtypes). The loss lies
+        in [-K (2^(K-1) - 1), 0] for images and masks in [0, 1]. Gradients go to masks and to image; they are those of
+        absolute values: where a residual is exactly 0 its sign counts as 0.
+
+    {empty}
+
+    {raises}
+
+    Complexity: K (C + 1) blurs, then O(2^K C) operations a pixel, for loss and gradient alike (the formula as printed
+    takes K 2^(K-1) blur pairs). The reference backend holds a few times 2^K (C + 1) planes of H x W for each image.
+
+    Source: the Interaction Information Optimization paper, equation 14; inpainter and K = 2 case: Savarese et al.
+    2021, "Information-Theoretic Segmentation by Inpainting Error Maximization".
+
+    Example:
+        >>> image, masks = torch.rand(8, 3, 35, 35), torch.rand(8, 4, 35, 35).softmax(1).requires_grad_()
+        >>> iio_loss(image, masks).backward()
+    """
+    inpainter = Inpainter(sigma, kernel_size, repeats, eps)
+    name = _check(image, masks, inpainter, backend, min_masks=2)
+    _checks.option("terms", terms, ("sum", "mean"))
+    _checks.option("reduction", reduction, ("mean", "sum", "none"))
+    if name == "reference":
+        losses = -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
+    else:
+        losses = IIOLossFunction.apply(image, masks, inpainter, name)
+    if terms == "mean":
+        losses = losses / (2 ** (masks.shape[1] - 1) - 1)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+@_documented
+def conditional_entropies(
+    image: Tensor,
+    masks: Tensor,
+    *,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """How badly each mask's pixels are predicted from each set of other masks: every term of the IIO loss.
+
+        out[b, m, j] = H(X m | X sum of C_j) / ||m||_1 = ||m * (X - psi_{C_j})||_1 / ||m||_1
+
+    C_j is the j-th nonempty subset of the other masks: write the others in ascending order as bits 0 .. K-2; C_j
+    holds those whose bit is set in j + 1. For K = 4 and m = 1 the others are 0, 2, 3 and the sets are, in order,
+    {0}, {2}, {0, 2}, {3}, {0, 3}, {2, 3}, {0, 2, 3}.
+
+    Args:
+        {image}
+        {masks} K from 2.
+        {inpainter}
+        {backend}
+
+    Returns:
+        `(B, K, 2**(K-1) - 1)`, in at least float32; in [0, 1] for images and masks in [0, 1]. Differentiable in image
+        and masks.
+
+    {empty}
+
+    {raises}
+
+    Complexity: that of `iio_loss`, plus the O(K 2^(K-1)) sums over pixels that are the result.
+
+    Source: the Interaction Information Optimization paper, equations 10 to 14.
+    """
+    inpainter = Inpainter(sigma, kernel_size, repeats, eps)
+    name = _check(image, masks, inpainter, backend, min_masks=2)
+    return _backends.implementation("inpainting", name).conditional_entropies(image, masks, inpainter)
+
+
+@_documented
+def interaction_information(
+    image: Tensor,
+    masks: Tensor,
+    *,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """The interaction information of all masks, centred on each of them in turn and normalised by its size.
+
+        I_m = sum_{S subset of the other masks} (-1)^|S| H(X m | S) / ||m||_1
+
+    The 2^(K-1) - 1 terms of nonempty S are `conditional_entropies`. The term of the empty set, the entropy of the
+    region by itself, is proportional to its size: normalised it is 1, the largest error an image in [0, 1] allows.
+    So I_m is 0 where every conditional entropy is maximal, since the signs of all subsets cancel, and for K = 2 it is
+    the mutual information 1 - H(X m | others) / ||m||_1.
+
+    Args:
+        {image}
+        {masks} K from 2.
+        {inpainter}
+        {backend}
+
+    Returns:
+        `(B, K)`, in at least float32. Differentiable in image and masks. For K > 2 it may be negative.
+
+    {empty}
+
+    {raises}
+
+    Complexity: that of `conditional_entropies`.
+
+    Source: the Interaction Information Optimization paper, equations 10 to 13 and appendix B.
+    """
+    H = conditional_entropies(
+        image, masks, sigma=sigma, kernel_size=kernel_size, repeats=repeats, eps=eps, backend=backend
+    )
+    subsets = torch.arange(1, H.shape[2] + 1, device=H.device)
+    sizes = sum((subsets >> i) & 1 for i in range(masks.shape[1] - 1))
+    # An empty region has no entropy at all; a NaN norm differs from 0 and is left to H to carry.
+    entropy_alone = (masks.detach().sum((-2, -1)) != 0).to(H.dtype)
+    return entropy_alone + (H * (1 - 2 * (sizes % 2))).sum(2)
+
+
+@_documented
+def inpaint(
+    image: Tensor,
+    masks: Tensor,
+    *,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """Predict the whole image from the pixels under each mask, by a normalised Gaussian filter.
+
+        psi_m = (F(X m) + eps sum(X m)) / (F(m) + eps sum(m)),    F = the filter, `repeats` times
+
+    To predict from a set of masks pass their sum as one mask.
+
+    Args:
+        {image}
+        {masks} Here each is used by itself and the second dimension, M, may be any number from 1.
+        {inpainter}
+        {backend}
+
+    Returns:
+        psi `(B, M, C, H, W)`, in at least float32: convex combinations of the colours under the mask. 0 where the
+        denominator is exactly 0 (an empty mask; or far from the mask with eps = 0). Differentiable in image and masks.
+
+    Values are never inspected: a NaN travels into the result and its gradients, and no call waits for the device.
+
+    {raises}
+
+    Complexity: M (C + 1) blurs.
+
+    Source: Savarese et al. 2021, "Information-Theoretic Segmentation by Inpainting Error Maximization".
+    """
+    inpainter = Inpainter(sigma, kernel_size, repeats, eps)
+    name = _check(image, masks, inpainter, backend, min_masks=1, enumerates=False)
+    return _backends.implementation("inpainting", name).inpaint(image, masks, inpainter)
+
+
+class IIOLossFunction(torch.autograd.Function):
+    """The autograd Function under `iio_loss`: a backend's `loss_and_gradient` forward, a scaling backward.
+
+    `IIOLossFunction.apply(image, masks, inpainter, backend)` returns each image's loss, `(B,)`, its terms summed;
+    `inpainter` is an `Inpainter`. It checks nothing: call `iio_loss`. It differentiates once; for second derivatives
+    call `iio_loss` with `backend="reference"`, which plain autograd differentiates any number of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
+        kernels = _backends.implementation("inpainting", backend)
+        losses, dimage, dmasks = kernels.loss_and_gradient(
+            image, masks, inpainter, needs_image_gradient=ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(dimage, dmasks)
+        ctx.dtypes = image.dtype, masks.dtype
+        return losses
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dimage, dmasks = ctx.saved_tensors
+        grad = grad[:, None, None, None]
+        return (
+            (grad * dimage).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
+            (grad * dmasks).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _check(
+    image: Tensor,
+    masks: Tensor,
+    inpainter: Inpainter,
+    backend: str,
+    *,
+    min_masks: int,
+    enumerates: bool = True,
+) -> str:
+    """Check tensors and options and return the name of the backend that will serve."""
+    _checks.tensor("image", image, "(B, C, H, W)")
+    _checks.tensor("masks", masks, "(B, K, H, W)")
+    B, C, H, W = image.shape
+    if min(C, H, W) == 0:
+        raise ValueError(f"image: expected at least one channel and one pixel, got shape {tuple(image.shape)}")
+    K = masks.shape[1]
+    if (masks.shape[0], *masks.shape[2:]) != (B, H, W):
+        raise ValueError(
+            f"masks: expected shape ({B}, K, {H}, {W}) to match image {tuple(image.shape)}, "
+            f"got {tuple(masks.shape)}"
+        )
+    if min_masks > K:
+        raise ValueError(f"masks: expected at least {min_masks} masks in dimension 1, got {K}")
+    _checks.number("sigma", inpainter.sigma, above=0)
+    _checks.integer("kernel_size", inpainter.kernel_size, at_least=1)
+    if inpainter.kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size: expected an odd number of taps, got {inpainter.kernel_size}")
+    if inpainter.kernel_size > min(H, W):
+        raise ValueError(
+            f"kernel_size: expected at most the image's smaller side, {min(H, W)}, got {inpainter.kernel_size}"
+        )
+    _checks.integer("repeats", inpainter.repeats, at_least=1)
+    _checks.number("eps", inpainter.eps, at_least=0)
+    name = _backends.choose(backend, _checks.same_device(image=image, masks=masks))
+    limit = _backends.implementation("inpainting", name).MAX_MASKS
+    if enumerates and limit < K:
+        gibibytes = (C + 1) * B * H * W * 2.0 ** min(K + 2 - 30, 1000)
+        raise ValueError(
+            f"masks: expected at most {limit} masks for backend {name!r}, got {K}: their 2**{K} subsets "
+            f"would take about {gibibytes:.3g} GiB in float32, several times over"
+        )
+    return name

@@ -1,0 +1,184 @@
+"""Slot attention: softmax over slots fused with the weighted mean over inputs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from iio_kernels import _backends, _checks
+from iio_kernels._autograd import differentiable_once
+from iio_kernels.ops.slot_attention import reference
+from iio_kernels.ops.slot_attention.reference import Options
+
+
+@overload
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_attention: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_attention: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    eps_in: str = "weights",
+    normalize: str = "mean",
+    joint_heads: bool = False,
+    slot_mask: Tensor | None = None,
+    input_mask: Tensor | None = None,
+    return_attention: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One attention step of Slot Attention: slots compete for inputs, each then takes the mean of what it won.
+
+        L[n, s] = scale * <k[n], q[s]>
+        A[n, :] = softmax over the slots s of L[n, :]
+        W[n, s] = (A[n, s] + eps) / sum_n (A[n, s] + eps)
+        U[s]    = sum_n W[n, s] v[n]
+
+    Args:
+        q: slots' queries, `(..., K, Dk)`. All leading dimensions are batch (images, heads, frames). Any strides.
+        k: inputs' keys, `(..., N, Dk)`, with q's leading dimensions.
+        v: inputs' values, `(..., N, Dv)`, with q's leading dimensions.
+        scale: factor on the logits, by default `Dk ** -0.5`. Divide it by a softmax temperature to use one.
+        eps: small number >= 0 that keeps the mean defined. 0 is allowed.
+        eps_in: "weights" adds eps to every weight, as written above (Locatello's code and its ports);
+            "denominator" adds it once to the normaliser, `W = A / (sum_n A + eps)` (SAVi, ISA, BO-QSA).
+        normalize: "mean", as above, or "sum": `U[s] = sum_n A[n, s] v[n]`, where eps plays no part (the weighted
+            sum of the Slot Attention ablation).
+        joint_heads: q, k and v are `(..., H, K, Dk)`, `(..., H, N, Dk)` and `(..., H, N, Dv)`, and the softmax runs
+            over heads and slots together (dimensions -3 and -2 of q). Otherwise heads are ordinary batch.
+        slot_mask: bool, broadcasts to `(..., K)`; True = the slot takes part. A masked slot has A = 0 (eps still
+            applies to it: under eps_in="weights" its U is the mean of v).
+        input_mask: bool, broadcasts to `(..., N)`; True = the input takes part. A masked input has A = 0 and adds
+            nothing to any sum, eps included. What is masked is never read: padding may hold NaN.
+        return_attention: also return A.
+        backend: "auto" takes the fastest that serves the tensors' device; see `iio_kernels.backends()`.
+
+    Returns:
+        U `(..., K, Dv)`; with `return_attention` the pair U, A, with A `(..., K, N)` before eps, differentiable too.
+        Both have v's dtype. Softmax and sums are computed in at least float32 whatever the storage type or autocast,
+        and each gradient has its input's dtype.
+
+    Edge cases: a slot whose normaliser is exactly 0 (no inputs at all, every input masked, or no attention and
+    eps = 0) has U = 0 with zero gradient. Batch and N may be 0; K may not. Values are never inspected, so a NaN or
+    an infinity travels into the result and no call waits for the device.
+
+    Raises:
+        TypeError: an argument is not a floating-point (masks: boolean) tensor, or an option has the wrong type.
+        ValueError: shapes or devices do not match, or an option has a value that does not exist.
+        RuntimeError: the backend asked for by name cannot be used on this machine.
+
+    Complexity: O(B N K (Dk + Dv)) operations. The least traffic is q, k, v read once and U written once; the
+    backward pass recomputes A and reads them once more. The reference backend also stores a few `(..., N, K)`.
+
+    Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", equations 1 to 3.
+
+    Example:
+        >>> q, k, v = torch.randn(8, 4, 64), torch.randn(8, 1225, 64), torch.randn(8, 1225, 64)
+        >>> slot_attention(q, k, v).shape
+        torch.Size([8, 4, 64])
+    """
+    slot_mask, input_mask = _check(q, k, v, joint_heads, slot_mask, input_mask)
+    _checks.flag("return_attention", return_attention)
+    options = _options(q, scale, eps, eps_in, normalize, joint_heads)
+    name = _backends.choose(
+        backend, _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask)
+    )
+    if name == "reference":
+        U, A = reference.slot_attention(q, k, v, slot_mask, input_mask, options)
+    else:
+        if v is k:
+            v = v.view_as(v)  # torch.compile traces no Function that is given one tensor twice
+        U, A = SlotAttentionFunction.apply(q, k, v, slot_mask, input_mask, options, name)
+    return (U, A) if return_attention else U
+
+
+class SlotAttentionFunction(torch.autograd.Function):
+    """The autograd Function under `slot_attention`: one backend's `forward` and `backward`, A recomputed between.
+
+    `SlotAttentionFunction.apply(q, k, v, slot_mask, input_mask, options, backend)` returns U and A; the masks are
+    None or already expanded to `(..., K)` and `(..., N)`, `options` is a complete `Options`. It checks nothing:
+    call `slot_attention`. It differentiates once; for second derivatives call `slot_attention` with
+    `backend="reference"`, which plain autograd differentiates any number of times.
+    """
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slot_mask: Tensor | None,
+        input_mask: Tensor | None,
+        options: Options,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        kernels = _backends.implementation("slot_attention", backend)
+        return kernels.forward(q, k, v, slot_mask, input_mask, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, slot_mask, input_mask, ctx.options, ctx.backend = inputs
+        ctx.save_for_backward(q, k, v, slot_mask, input_mask)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dU: Tensor | None, dA: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, slot_mask, input_mask = ctx.saved_tensors
+        if dU is None:
+            dU = v.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
+        kernels = _backends.implementation("slot_attention", ctx.backend)
+        dq, dk, dv = kernels.backward(dU, dA, q, k, v, slot_mask, input_mask, ctx.options)
+        return dq, dk, dv, None, None, None, None
+
+
+def _options(
+    q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool
+) -> Options:
+    _checks.option("eps_in", eps_in, ("weights", "denominator"))
+    _checks.option("normalize", normalize, ("mean", "sum"))
+    return Options(
+        scale=q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale),
+        eps=_checks.number("eps", eps, at_least=0),
+        eps_in=eps_in,
+        normalize=normalize,
+        joint_heads=joint_heads,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    joint_heads: bool,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the tensors; return the masks expanded to (..., K) and (..., N)."""
+    _checks.flag("joint_heads", joint_heads)
+    heads, dims = ("H, ", 3) if joint_heads else ("", 2)
+    _checks.tensor("q", q, f"(..., {heads}K, Dk)", min_dims=dims)
+    _checks.tensor("k", k, f"(..., {heads}N, Dk)", min_dims=dims)
+    _checks.tensor("v", v, f"(..., {heads}N, Dv)", min_dims=dims)
+    batch, (K, Dk), N = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
+    if K == 0 or Dk == 0:
+        raise ValueError(f"q: expected at least one slot and one feature, got shape {tuple(q.shape)}")
+    if tuple(k.shape[:-2]) != batch or k.shape[-1] != Dk:
+        expected = "(" + ", ".join(map(str, (*batch, "N", Dk))) + ")"
+        raise ValueError(f"k: expected shape {expected} to match q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if tuple(v.shape[:-1]) != (*batch, N):
+        expected = "(" + ", ".join(map(str, (*batch, N, "Dv"))) + ")"
+        raise ValueError(f"v: expected shape {expected} to match k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if slot_mask is not None:
+        slot_mask = _checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
+    if input_mask is not None:
+        input_mask = _checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
+    return slot_mask, input_mask

@@ -1,0 +1,250 @@
+"""The Slot Attention autoencoder (Locatello et al. 2020, "Object-Centric Learning with Slot Attention").
+
+Encoder, Slot Attention and spatial-broadcast decoder as tables 3 to 6 and 10 of the paper's supplement give them.
+Images are (B, 3, H, W) in [-1, 1]; K slots of width D explain each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import iio_kernels
+
+
+class Scene(NamedTuple):
+    """What the autoencoder makes of a batch of images."""
+
+    reconstruction: Tensor
+    """(B, 3, H, W): the components weighted by the masks."""
+    masks: Tensor
+    """(B, K, H, W): the decoder's masks, a softmax over K."""
+    components: Tensor
+    """(B, K, 3, H, W): each slot's picture."""
+    slots: Tensor
+    """(B, K, D): after the last iteration."""
+    attention: Tensor
+    """(B, K, N): of the last iteration, over the encoder's N = H * W inputs; sums to 1 over K."""
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a learnt linear projection of (y, x, 1 - y, 1 - x), each in [0, 1] (supplement, section E.2)."""
+
+    def __init__(self, channels: int, resolution: tuple[int, int]) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, channels)
+        height, width = resolution
+        y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+        self.register_buffer("grid", torch.stack([y, x, 1 - y, 1 - x], -1), persistent=False)
+
+    def embedding(self) -> Tensor:
+        """(C, H, W), in channels-last memory order."""
+        return self.dense(self.grid).permute(2, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.embedding()
+
+
+class Encoder(nn.Module):
+    """Four convolutions, position embedding, LayerNorm and MLP: (B, 3, H, W) -> (B, H * W, channels)."""
+
+    def __init__(self, channels: int, kernel_size: int, resolution: tuple[int, int]) -> None:
+        super().__init__()
+        widths = [3] + [channels] * 4
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, kernel_size, padding="same") for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.position = PositionEmbedding(channels, resolution)
+        self.norm = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.contiguous(memory_format=torch.channels_last)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.mlp(self.norm(self.position(x).flatten(2).mT))
+
+
+class SlotAttention(nn.Module):
+    """The Slot Attention module (algorithm 1): T rounds of attention, GRU and residual MLP.
+
+    (B, N, input_size) -> slots (B, K, slot_size) and the last attention (B, K, N).
+    """
+
+    def __init__(self, input_size: int, slot_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.norm_inputs = nn.LayerNorm(input_size)
+        self.norm_slots = nn.LayerNorm(slot_size)
+        self.norm_mlp = nn.LayerNorm(slot_size)
+        self.mu = nn.Parameter(torch.empty(1, slot_size))
+        self.log_sigma = nn.Parameter(torch.empty(1, slot_size))
+        self.to_q = nn.Linear(slot_size, slot_size, bias=False)
+        self.to_k = nn.Linear(input_size, slot_size, bias=False)
+        self.to_v = nn.Linear(input_size, slot_size, bias=False)
+        self.gru = nn.GRUCell(slot_size, slot_size)
+        self.mlp = nn.Sequential(nn.Linear(slot_size, mlp_size), nn.ReLU(), nn.Linear(mlp_size, slot_size))
+
+    def draw(self, batch: int, num_slots: int, generator: torch.Generator | None = None) -> Tensor:
+        """Initial slots (B, K, D) from the learnt Gaussian that all slots share."""
+        shape = (batch, num_slots, self.mu.shape[-1])
+        noise = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
+        return self.mu + self.log_sigma.exp() * noise
+
+    def forward(self, inputs: Tensor, slots: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        x, scale = self.norm_inputs(inputs), self.to_k.out_features**-0.5
+        for _ in range(iterations):
+            # With k = x Wk^T and v = x Wv^T: <k, q> = <x, q Wk>, and as the weights of each slot sum to 1, the mean
+            # of v is (the mean of x) Wv^T. So keys and values are never made: every round reads only x.
+            q = self.to_q(self.norm_slots(slots)) @ self.to_k.weight
+            means, attention = iio_kernels.slot_attention(q, x, x, scale=scale, return_attention=True)
+            updates = self.to_v(means)
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = slots + self.mlp(self.norm_mlp(slots))
+        return slots, attention
+
+
+class Decoder(nn.Module):
+    """The spatial-broadcast decoder: each slot (.., D) becomes a picture with an alpha channel (.., 4, H, W).
+
+    At full resolution: three convolutions on the slot broadcast to H x W, and a 3x3 one to RGB and alpha.
+    `strided` (CLEVR): from an 8x8 grid, four transposed convolutions of stride 2, one of stride 1, and the 3x3 one.
+    """
+
+    def __init__(
+        self, slot_size: int, channels: int, kernel_size: int, resolution: tuple[int, int], strided: bool
+    ) -> None:
+        super().__init__()
+        self.strided = strided
+        self.position = PositionEmbedding(slot_size, (8, 8) if strided else resolution)
+        if strided:
+            strides, half = (2, 2, 2, 2, 1), kernel_size // 2
+            widths = [slot_size] + [channels] * len(strides)
+            self.convs = nn.ModuleList(
+                nn.ConvTranspose2d(i, o, kernel_size, stride, padding=half, output_padding=stride - 1)
+                for i, o, stride in zip(widths, widths[1:], strides, strict=False)
+            )
+        else:
+            widths = [slot_size] + [channels] * 3
+            self.convs = nn.ModuleList(
+                nn.Conv2d(i, o, kernel_size, padding="same") for i, o in zip(widths, widths[1:], strict=False)
+            )
+        self.to_rgba = nn.Conv2d(channels, 4, 3, padding="same")
+
+    def forward(self, slots: Tensor) -> Tensor:
+        z = slots.flatten(0, -2)
+        first, *others = self.convs
+        if self.strided:
+            x = first((z[:, :, None, None] + self.position.embedding()).contiguous(memory_format=torch.channels_last))
+        else:
+            x = broadcast_conv2d(z, self.position.embedding(), first.weight, first.bias)
+        for conv in others:
+            x = conv(F.relu(x))
+        return self.to_rgba(F.relu(x)).unflatten(0, slots.shape[:-1])
+
+
+def broadcast_conv2d(z: Tensor, position: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv2d of `z[:, :, None, None] + position` with zero "same" padding, without making that sum.
+
+    z (M, D), position (D, H, W), weight (O, D, k, k) with k odd and at most H and W, bias (O,) -> (M, O, H, W),
+    channels last. Exact: convolution is linear, so the position map is convolved once for all M, and a constant
+    image's convolution is one of only k x k vectors, by how many of the taps the borders cut off. O(M D O k^2) where
+    the convolution itself takes O(M D O k^2 H W).
+    """
+    (D, H, W), (O, _, k, _) = position.shape, weight.shape
+    half = k // 2
+    # inside[c, t]: whether tap t falls inside the image for the c-th kind of row (or column): c counts the first
+    # `half` rows, then stands once for all rows in the middle, then counts the last `half`.
+    c, t = torch.arange(k, device=z.device)[:, None], torch.arange(k, device=z.device)[None, :]
+    inside = ((c + t >= half) & (c + t < half + k)).to(weight.dtype)
+    kinds = torch.einsum("ay,odyx,bx->daob", inside, weight, inside).permute(0, 1, 3, 2)
+    constant = (z @ kinds.reshape(D, k * k * O)).view(-1, k, k, O)
+    rows = constant[:, half : half + 1].expand(-1, H - 2 * half, -1, -1)
+    constant = torch.cat([constant[:, :half], rows, constant[:, half + 1 :]], 1)
+    columns = constant[:, :, half : half + 1].expand(-1, -1, W - 2 * half, -1)
+    constant = torch.cat([constant[:, :, :half], columns, constant[:, :, half + 1 :]], 2)
+    return constant.permute(0, 3, 1, 2) + F.conv2d(position[None], weight, bias, padding="same")
+
+
+class SlotAttentionAutoEncoder(nn.Module):
+    """Image -> K slots -> image: see `Scene` for what comes out.
+
+    Defaults are those of Tetrominoes and Multi-dSprites; CLEVR takes `resolution=(128, 128)`, `channels=64` and
+    `strided=True`.
+
+    Args:
+        resolution: (H, W) of the images; with `strided` it must be (128, 128).
+        channels: width of all hidden convolutions, of the encoder's MLP and of the inputs to Slot Attention.
+        kernel_size: of the convolutions, odd.
+        slot_size: D, the width of slots, queries, keys and values.
+        mlp_size: hidden width of the residual MLP on the slots.
+        num_slots, iterations: K and T, unless a call says otherwise.
+    """
+
+    def __init__(
+        self,
+        resolution: tuple[int, int] = (35, 35),
+        *,
+        channels: int = 32,
+        kernel_size: int = 5,
+        slot_size: int = 64,
+        mlp_size: int = 128,
+        strided: bool = False,
+        num_slots: int = 4,
+        iterations: int = 3,
+    ) -> None:
+        super().__init__()
+        if strided and tuple(resolution) != (128, 128):
+            raise ValueError(f"resolution: the strided decoder makes (128, 128) images, got {tuple(resolution)}")
+        self.resolution, self.num_slots, self.iterations = tuple(resolution), num_slots, iterations
+        self.encoder = Encoder(channels, kernel_size, resolution)
+        self.slot_attention = SlotAttention(channels, slot_size, mlp_size)
+        self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
+        self.apply(_initialise)
+
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        num_slots: int | None = None,
+        iterations: int | None = None,
+        slots: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Scene:
+        """Explain images (B, 3, H, W) in [-1, 1].
+
+        The initial slots are `slots` (B, K, D) where given, otherwise `num_slots` draws from the learnt Gaussian with
+        `generator`.
+        """
+        if tuple(image.shape[1:]) != (3, *self.resolution):
+            raise ValueError(
+                f"image: expected shape (B, 3, {self.resolution[0]}, {self.resolution[1]}), got {tuple(image.shape)}"
+            )
+        iterations = self.iterations if iterations is None else iterations
+        if iterations < 1:
+            raise ValueError(f"iterations: expected at least 1, got {iterations}")
+        if slots is None:
+            slots = self.slot_attention.draw(image.shape[0], num_slots or self.num_slots, generator)
+        slots, attention = self.slot_attention(self.encoder(image), slots, iterations)
+        components, alpha = self.decoder(slots).float().split([3, 1], 2)
+        masks = alpha.softmax(1)
+        return Scene((masks * components).sum(1), masks.squeeze(2), components, slots, attention)
+
+
+def _initialise(module: nn.Module) -> None:
+    """As the paper's Keras code does by default: Glorot-uniform weights, orthogonal recurrence, biases 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+    elif isinstance(module, SlotAttention):
+        nn.init.xavier_uniform_(module.mu)
+        nn.init.xavier_uniform_(module.log_sigma)

@@ -1,0 +1,61 @@
+"""Every test of an operation runs for every backend, on every device it serves here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before CUDA starts: deterministic algorithms, below, need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+from iio_kernels._backends import BACKENDS, Backend
+from iio_kernels.ops import inpainting, slot_attention
+
+# The reference's written-out gradients stand behind the autograd Functions like any other backend's, though
+# no user needs them there. Registered as one, they meet every test, and so does the way all are called.
+BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)
+for op in (inpainting, slot_attention):
+    sys.modules[f"{op.__name__}.written_out"] = op.reference
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+SERVING = [
+    (backend, device)
+    for device in DEVICES
+    for backend in BACKENDS
+    if BACKENDS[backend].refuses(torch.device(device)) is None
+]
+
+
+@pytest.fixture(params=SERVING, ids="-".join)
+def serving(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def backend(serving: tuple[str, str]) -> str:
+    return serving[0]
+
+
+@pytest.fixture
+def device(serving: tuple[str, str]) -> str:
+    return serving[1]
+
+
+@pytest.fixture(params=DEVICES)
+def any_device(request: pytest.FixtureRequest) -> str:
+    """For tests of one backend alone."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """The same random numbers each time; unwritten memory reads NaN; full float32 products on a GPU."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,116 @@
+"""The formulas as they are printed, sharing nothing with the package: slow, plain, the yardstick."""
+
+from __future__ import annotations
+
+from itertools import chain, combinations, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def others_subsets(K: int, centre: int) -> list[tuple[int, ...]]:
+    """All nonempty subsets of the masks other than `centre`."""
+    others = [i for i in range(K) if i != centre]
+    return list(chain.from_iterable(combinations(others, size) for size in range(1, K)))
+
+
+def blur(planes: Tensor, sigma: float, kernel_size: int, repeats: int) -> Tensor:
+    """A separable Gaussian on every plane of (B, C, H, W) by itself, zeros outside, `repeats` times."""
+    positions = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+    taps = torch.exp(-(positions**2) / (2 * sigma**2))
+    taps = (taps / taps.sum()).to(planes)
+    channels = planes.shape[1]
+    for _ in range(repeats):
+        down = taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+        across = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+        planes = F.conv2d(planes, down, padding=(kernel_size // 2, 0), groups=channels)
+        planes = F.conv2d(planes, across, padding=(0, kernel_size // 2), groups=channels)
+    return planes
+
+
+def filtered(
+    image: Tensor,
+    mask: Tensor,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """Numerator (B, C, H, W) and denominator (B, 1, H, W) predicting from the pixels under mask (B, H, W)."""
+    mask = mask.unsqueeze(1)
+    planes = torch.cat([image * mask, mask], 1)
+    planes = blur(planes, sigma, kernel_size, repeats) + eps * planes.sum((2, 3), keepdim=True)
+    return planes[:, :-1], planes[:, -1:]
+
+
+def inpaint(image: Tensor, mask: Tensor, **inpainter: float) -> Tensor:
+    """psi (B, C, H, W), the image predicted from the pixels under mask (B, H, W)."""
+    numerator, denominator = filtered(image, mask, **inpainter)
+    return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))
+
+
+def conditional_entropy(image: Tensor, centre: Tensor, given: Tensor, **inpainter: float) -> Tensor:
+    """(B,): || centre * (image - psi_given) ||_1 / || centre ||_1; pixels out of `given`'s reach count 0."""
+    _, denominator = filtered(image, given, **inpainter)
+    error = (image - inpaint(image, given, **inpainter)).abs()
+    error = torch.where(denominator == 0, 0, error).mean(1)
+    norm = centre.sum((1, 2))
+    return torch.where(norm == 0, 0, (centre * error).sum((1, 2)) / torch.where(norm == 0, 1, norm))
+
+
+def iio_loss(image: Tensor, masks: Tensor, **inpainter: float) -> Tensor:
+    """(B,): each image's loss, a term for every centre and every nonempty subset of the other masks."""
+    K = masks.shape[1]
+    loss = image.new_zeros(image.shape[0])
+    for m in range(K):
+        for subset in others_subsets(K, m):
+            given = sum(masks[:, i] for i in subset)
+            loss = loss - conditional_entropy(image, masks[:, m], given, **inpainter)
+    return loss
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    eps_in: str = "weights",
+    normalize: str = "mean",
+    joint_heads: bool = False,
+    slot_mask: Tensor | None = None,
+    input_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """U (..., K, Dv) and A (..., K, N). An image at a time; what is masked is left out, not filled in."""
+    batch, (K, Dk), N = q.shape[:-2], q.shape[-2:], k.shape[-2]
+    scale = Dk**-0.5 if scale is None else scale
+    slots = (torch.tensor(True) if slot_mask is None else slot_mask).to(q.device).expand(*batch, K)
+    inputs = (torch.tensor(True) if input_mask is None else input_mask).to(q.device).expand(*batch, N)
+
+    places, shares = [], []
+    images = batch[:-1] if joint_heads else batch
+    for image in product(*map(range, images)):
+        heads = [(*image, h) for h in range(batch[-1])] if joint_heads else [image]
+        for n in range(N):
+            # Everything that competes for input n: the slots of all these heads.
+            rivals = [(*head, s) for head in heads for s in range(K) if inputs[head][n] and slots[head][s]]
+            if rivals:
+                logits = torch.stack([scale * (q[rival] * k[rival[:-1]][n]).sum() for rival in rivals])
+                places += [(*rival, n) for rival in rivals]
+                shares.append(logits.softmax(0))
+    A = q.new_zeros(*batch, K, N)
+    if places:
+        A = A.index_put(tuple(torch.tensor(places, device=q.device).T), torch.cat(shares))
+
+    U = []
+    for slot in product(*map(range, (*batch, K))):
+        taking_part = inputs[slot[:-1]]
+        weights, values = A[slot][taking_part], v[slot[:-1]][taking_part]
+        if normalize == "mean":
+            weights = weights + eps if eps_in == "weights" else weights
+            total = weights.sum() + (eps if eps_in == "denominator" else 0)
+            weights = weights * 0 if total == 0 else weights / total
+        U.append((weights.unsqueeze(1) * values).sum(0))
+    return torch.stack(U).view(*batch, K, -1) if U else v.new_zeros(*batch, K, v.shape[-1]), A

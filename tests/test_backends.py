@@ -1,0 +1,134 @@
+"""Which backends there are, which one serves a call, and what is said when none does."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import iio_kernels
+from iio_kernels import _backends, iio_loss, slot_attention
+from iio_kernels._backends import BACKENDS, Backend
+from iio_kernels.ops.slot_attention import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backend]:
+    """An empty registry for one test to fill."""
+    registry: dict[str, Backend] = {}
+    monkeypatch.setattr(_backends, "BACKENDS", registry)
+    return registry
+
+
+def test_reference_is_always_there():
+    assert iio_kernels.backends()["reference"] is None
+    for device in ("cpu", "cuda", "meta", "mps"):
+        assert _backends.choose("reference", torch.device(device)) == "reference"
+
+
+def test_backends_names_them_all_with_the_reason_against(registry):
+    registry["here"] = Backend(None, lambda: None)
+    registry["away"] = Backend(("cuda",), lambda: "no compiler was found")
+    assert iio_kernels.backends() == {"here": None, "away": "no compiler was found"}
+
+
+@pytest.mark.parametrize("op", ["inpainting", "slot_attention"])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.missing() is None])
+def test_every_backend_offers_every_operation(name, op):
+    kernels = _backends.implementation(op, name)
+    assert isinstance(kernels, ModuleType)
+    offered = {
+        "inpainting": ("loss_and_gradient", "conditional_entropies", "inpaint"),
+        "slot_attention": ("forward", "backward"),
+    }
+    assert all(callable(getattr(kernels, function)) for function in offered[op])
+
+
+def test_auto_takes_the_first_that_serves(registry):
+    registry["broken"] = Backend(None, lambda: "it is broken")
+    registry["gpu"] = Backend(("cuda",), lambda: None)
+    registry["first"] = Backend(("cpu",), lambda: None)
+    registry["second"] = Backend(None, lambda: None)
+    assert _backends.choose("auto", CPU) == "first"
+    assert _backends.choose("auto", torch.device("cuda", 1)) == "gpu"
+    assert _backends.choose("auto", torch.device("meta")) == "second"
+    assert _backends.choose("second", CPU) == "second"
+
+
+def test_auto_serves_every_device():
+    for device in ("cpu", "cuda", "meta"):
+        assert _backends.choose("auto", torch.device(device)) in BACKENDS
+
+
+def test_a_named_backend_never_falls_back(registry):
+    registry["broken"] = Backend(None, lambda: "it is broken")
+    registry["gpu"] = Backend(("cuda", "xpu"), lambda: None)
+    registry["broken gpu"] = Backend(("cuda",), lambda: "it is broken")
+    registry["good"] = Backend(None, lambda: None)
+    with pytest.raises(RuntimeError, match="backend: 'broken' cannot be used: it is broken"):
+        _backends.choose("broken", CPU)
+    with pytest.raises(ValueError, match=r"backend: 'gpu' cannot be used: it serves cuda, xpu tensors.*cpu"):
+        _backends.choose("gpu", CPU)
+    # The device is the caller's mistake, whether or not the backend would work elsewhere.
+    with pytest.raises(ValueError, match="it serves cuda tensors"):
+        _backends.choose("broken gpu", CPU)
+    with pytest.raises(RuntimeError, match="it is broken"):
+        _backends.choose("broken gpu", torch.device("cuda"))
+
+
+def test_an_unknown_backend_lists_the_known(registry):
+    registry["one"] = registry["two"] = Backend(None, lambda: None)
+    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'one', 'two', got 'three'"):
+        _backends.choose("three", CPU)
+
+
+def test_public_functions_call_the_backend_they_were_told(monkeypatch):
+    """One entry in the registry and one module in each operation's folder are all it takes."""
+    calls = []
+
+    def forward(*arguments):
+        calls.append("forward")
+        return reference.forward(*arguments)
+
+    def backward(*arguments):
+        calls.append("backward")
+        return reference.backward(*arguments)
+
+    monkeypatch.setitem(_backends.BACKENDS, "spy", Backend(("cpu",), lambda: None))
+    module = SimpleNamespace(forward=forward, backward=backward)
+    monkeypatch.setitem(sys.modules, "iio_kernels.ops.slot_attention.spy", module)
+    q, k, v = (torch.rand(2, n, 3, requires_grad=True) for n in (4, 5, 5))
+    slot_attention(q, k, v, backend="spy").sum().backward()
+    assert calls == ["forward", "backward"]
+    slot_attention(q, k, v, backend="reference")
+    assert len(calls) == 2
+
+
+def test_a_backends_own_limit_on_masks_is_named(monkeypatch):
+    monkeypatch.setitem(_backends.BACKENDS, "small", Backend(None, lambda: None))
+    monkeypatch.setitem(sys.modules, "iio_kernels.ops.inpainting.small", SimpleNamespace(MAX_MASKS=3))
+    with pytest.raises(ValueError, match="masks: expected at most 3 masks for backend 'small', got 4"):
+        iio_loss(torch.rand(1, 3, 12, 12), torch.rand(1, 4, 12, 12), backend="small")
+
+
+def test_documented_examples_run():
+    names = {name: getattr(iio_kernels, name) for name in iio_kernels.__all__}
+    tests = [
+        test
+        for function in (slot_attention, iio_loss)
+        for test in doctest.DocTestFinder().find(function, globs={**names, "torch": torch})
+    ]
+    results = [doctest.DocTestRunner().run(test) for test in tests]
+    assert sum(result.attempted for result in results) >= 4
+    assert sum(result.failed for result in results) == 0
+
+
+def test_documentation_has_no_unfilled_place():
+    for name in iio_kernels.__all__:
+        assert "{image}" not in getattr(iio_kernels, name).__doc__
+        assert "{raises}" not in getattr(iio_kernels, name).__doc__

@@ -1,0 +1,160 @@
+"""The Slot Attention autoencoder is the paper's: layers, algorithm, invariances; and its shortcuts are exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.slot_attention import SlotAttentionAutoEncoder, broadcast_conv2d
+
+
+def shapes(module):
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def test_tetrominoes_layers_are_those_of_the_supplement():
+    assert shapes(SlotAttentionAutoEncoder()) == {
+        # Encoder: four 5x5 convolutions, position embedding, LayerNorm, MLP.
+        "encoder.convs.0.weight": (32, 3, 5, 5),
+        **{f"encoder.convs.{i}.weight": (32, 32, 5, 5) for i in (1, 2, 3)},
+        **{f"encoder.convs.{i}.bias": (32,) for i in range(4)},
+        **{"encoder.position.dense.weight": (32, 4), "encoder.position.dense.bias": (32,)},
+        **{"encoder.norm.weight": (32,), "encoder.norm.bias": (32,)},
+        **{f"encoder.mlp.{i}.weight": (32, 32) for i in (0, 2)},
+        **{f"encoder.mlp.{i}.bias": (32,) for i in (0, 2)},
+        # Slot Attention: D = 64, hidden 128.
+        **{"slot_attention.mu": (1, 64), "slot_attention.log_sigma": (1, 64)},
+        **{"slot_attention.norm_inputs.weight": (32,), "slot_attention.norm_inputs.bias": (32,)},
+        **{f"slot_attention.{n}.{p}": (64,) for n in ("norm_slots", "norm_mlp") for p in ("weight", "bias")},
+        **{"slot_attention.to_q.weight": (64, 64)},
+        **{f"slot_attention.to_{n}.weight": (64, 32) for n in "kv"},
+        **{f"slot_attention.gru.weight_{n}": (192, 64) for n in ("ih", "hh")},
+        **{f"slot_attention.gru.bias_{n}": (192,) for n in ("ih", "hh")},
+        **{"slot_attention.mlp.0.weight": (128, 64), "slot_attention.mlp.0.bias": (128,)},
+        **{"slot_attention.mlp.2.weight": (64, 128), "slot_attention.mlp.2.bias": (64,)},
+        # Decoder: three 5x5 convolutions on the broadcast slot, and a 3x3 one to RGB and alpha.
+        **{"decoder.position.dense.weight": (64, 4), "decoder.position.dense.bias": (64,)},
+        "decoder.convs.0.weight": (32, 64, 5, 5),
+        **{f"decoder.convs.{i}.weight": (32, 32, 5, 5) for i in (1, 2)},
+        **{f"decoder.convs.{i}.bias": (32,) for i in range(3)},
+        **{"decoder.to_rgba.weight": (4, 32, 3, 3), "decoder.to_rgba.bias": (4,)},
+    }
+
+
+def test_clevr_decoder_is_strided():
+    model = SlotAttentionAutoEncoder((128, 128), channels=64, strided=True, num_slots=7)
+    convs = model.decoder.convs
+    assert [c.stride[0] for c in convs] == [2, 2, 2, 2, 1]
+    assert all(c.kernel_size == (5, 5) and c.in_channels == c.out_channels == 64 for c in convs)
+    scene = model(torch.rand(1, 3, 128, 128))
+    assert scene.components.shape == (1, 7, 3, 128, 128)
+    with pytest.raises(ValueError, match="resolution"):
+        SlotAttentionAutoEncoder((64, 64), strided=True)
+
+
+@given(
+    height=st.integers(5, 11), width=st.integers(5, 11), k=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**31)
+)
+def test_broadcast_convolution_is_exact(height, width, k, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+
+    inputs = randn(3, 6), randn(6, height, width), randn(4, 6, k, k), randn(4)
+    z, position, weight, bias = inputs
+    ours = broadcast_conv2d(*inputs)
+    plain = F.conv2d(z[:, :, None, None] + position, weight, bias, padding="same")
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(plain.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def algorithm_1(module, inputs, slots, iterations):
+    """Slot Attention as its paper prints it, with keys and values."""
+    inputs = module.norm_inputs(inputs)
+    k, v = module.to_k(inputs), module.to_v(inputs)
+    for _ in range(iterations):
+        previous = slots
+        q = module.to_q(module.norm_slots(slots))
+        attention = (k @ q.mT * q.shape[-1] ** -0.5).softmax(-1) + 1e-8
+        updates = (attention / attention.sum(1, keepdim=True)).mT @ v
+        slots = module.gru(updates.flatten(0, 1), previous.flatten(0, 1)).view_as(slots)
+        slots = slots + module.mlp(module.norm_mlp(slots))
+    return slots
+
+
+def test_slot_attention_is_algorithm_1():
+    torch.manual_seed(0)
+    module = SlotAttentionAutoEncoder().slot_attention.double()
+    inputs = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
+    slots = module.draw(2, 5)
+    ours, _ = module(inputs, slots, 3)
+    plain = algorithm_1(module, inputs, slots, 3)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    parameters = [inputs, *module.parameters()]
+    weights = torch.randn_like(plain)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), parameters, retain_graph=True),
+        torch.autograd.grad((plain * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return SlotAttentionAutoEncoder((15, 13), channels=8)
+
+
+def test_what_a_scene_is_made_of(model):
+    scene = model(torch.rand(2, 3, 15, 13))
+    assert scene.slots.shape == (2, 4, 64)
+    torch.testing.assert_close(scene.masks.sum(1), torch.ones(2, 15, 13))
+    torch.testing.assert_close(scene.attention.sum(1), torch.ones(2, 15 * 13))
+    torch.testing.assert_close(scene.reconstruction, (scene.masks[:, :, None] * scene.components).sum(1))
+
+
+def test_slots_and_iterations_per_call(model):
+    image = torch.rand(2, 3, 15, 13)
+    assert model(image, num_slots=7).masks.shape == (2, 7, 15, 13)
+    slots = model.slot_attention.draw(2, 3)
+    once, twice = (model(image, slots=slots, iterations=t).slots for t in (1, 2))
+    again = model(image, slots=once, iterations=1).slots
+    torch.testing.assert_close(again, twice)
+    assert not torch.equal(once, twice)
+    with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
+        model(image, iterations=0)
+
+
+def test_slots_are_drawn_from_the_generator(model):
+    image = torch.rand(2, 3, 15, 13)
+    one, same, other = (
+        model(image, generator=torch.Generator().manual_seed(s)).reconstruction for s in (5, 5, 6)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_slots_are_exchangeable(model):
+    image, order = torch.rand(1, 3, 15, 13), torch.tensor([2, 0, 3, 1])
+    slots = model.slot_attention.draw(1, 4)
+    scene, permuted = model(image, slots=slots), model(image, slots=slots[:, order])
+    torch.testing.assert_close(permuted.masks, scene.masks[:, order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(permuted.reconstruction, scene.reconstruction, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_image_is_refused(model):
+    with pytest.raises(ValueError, match=r"image: expected shape \(B, 3, 15, 13\), got \(2, 1, 15, 13\)"):
+        model(torch.rand(2, 1, 15, 13))
+
+
+def test_bfloat16_autocast_keeps_the_masks_in_float32(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        scene = model(torch.rand(2, 3, 15, 13))
+    assert scene.masks.dtype == scene.reconstruction.dtype == torch.float32

@@ -1,0 +1,243 @@
+"""`train.py` from the command line: what it leaves, what it refuses, and that no interruption costs anything."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT.parent / "shared" / "data" / "tetrominoes_sample.tfrecords"
+TINY = ["--preset", "smoke", "--device", "cpu", "--steps", "8", "--fine-tune-steps", "5", "--fine-tune", "iio"]
+TINY += ["--num-scenes", "40", "--eval-scenes", "6", "--eval-draws", "2", "--log-every", "2", "--eval-every", "5"]
+
+
+def call(monkeypatch, *arguments):
+    """Run train.py's main in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        train.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def start(*arguments):
+    """Run train.py in a process of its own, with as many threads as this one."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny run, never interrupted."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, *TINY, "--out", out) == 0
+    return out
+
+
+def assert_same_weights(run, other):
+    for name in ("before.safetensors", "after.safetensors"):
+        ours, theirs = load_file(run / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), (name, key)
+
+
+def test_what_a_run_leaves(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert {"ari", "fg_ari", "miou", "mse"} <= summary[when].keys()
+        assert -1 <= summary[when]["ari"] <= 1
+        assert summary[when]["mse"] > 0
+    assert summary["config"]["steps"] == 8
+    assert summary["config"]["lr"] == train.PRESETS["smoke"]["lr"]
+    assert summary["seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert (finished / "masks.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob("*.tmp"))
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "lr" in line]
+    assert [line["step"] for line in trained] == [2, 4, 6, 8, 10, 12, 13]
+    assert all(("iio" in line) == (line["phase"] == "fine-tuning") for line in trained)
+
+
+def test_fine_tuning_changes_the_weights(finished):
+    before, after = (load_file(finished / f"{name}.safetensors") for name in ("before", "after"))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, tmp_path, monkeypatch):
+    assert call(monkeypatch, *TINY, "--out", tmp_path / "again") == 0
+    assert_same_weights(finished, tmp_path / "again")
+    assert call(monkeypatch, *TINY, "--seed", 1, "--out", tmp_path / "other") == 0
+    assert not torch.equal(
+        load_file(finished / "after.safetensors")["slot_attention.mu"],
+        load_file(tmp_path / "other" / "after.safetensors")["slot_attention.mu"],
+    )
+
+
+@pytest.mark.parametrize("at", [3, 11], ids=["in pre-training", "in fine-tuning"])
+def test_kill_9_then_resume_gives_the_same_weights(finished, tmp_path, monkeypatch, capsys, at):
+    out = tmp_path / "killed"
+    # As often as it can checkpoint: the kill falls at any moment of a step or of the writing itself.
+    process = start(*TINY, "--checkpoint-every", 0, "--log-every", 1, "--out", out)
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("gradient_norm") >= at, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert not (out / "summary.json").exists()
+    assert call(monkeypatch, "--resume", out) == 0
+    assert "from step" in capsys.readouterr().out
+    assert_same_weights(finished, out)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if "gradient_norm" in line]
+    assert steps == list(range(1, 14)), "each step is logged once"
+    ours, whole = (json.loads((run / "summary.json").read_text()) for run in (out, finished))
+    assert ours["before"] == whole["before"]
+    assert ours["after"] == whole["after"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_says_how_to_go_on(finished, tmp_path, monkeypatch, number):
+    out = tmp_path / "interrupted"
+    process = start(*TINY, "--out", out)
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and "gradient_norm" in metrics.read_text(), process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert f"python train.py --resume {out}" in errors
+    assert call(monkeypatch, "--resume", out) == 0
+    assert_same_weights(finished, out)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys):
+    arguments = [*TINY, "--lr", "1e30", "--clip", "0", "--warmup-steps", "0", "--out", tmp_path / "nan"]
+    assert call(monkeypatch, *arguments) == 1
+    message = capsys.readouterr().err
+    assert "no longer a number at step" in message
+    assert "pre-training" in message
+    assert "--resume" in message
+
+
+def test_a_finished_or_unfinished_run_is_never_overwritten(finished, tmp_path, monkeypatch, capsys):
+    weights = (finished / "after.safetensors").read_bytes()
+    assert call(monkeypatch, *TINY, "--out", finished) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert call(monkeypatch, "--resume", finished) == 2
+    assert "is finished" in capsys.readouterr().err
+    assert (finished / "after.safetensors").read_bytes() == weights
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoint.pt").write_bytes(b"")
+    assert call(monkeypatch, *TINY, "--out", tmp_path / "half") == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_a_stranger_cannot_run_code(finished, tmp_path, monkeypatch, capsys):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished / "config.json").read_text())
+    torch.save({"model": Attack()}, run / "checkpoint.pt")
+    assert call(monkeypatch, "--resume", run) == 2
+    (run / "checkpoint.pt").write_bytes(pickle.dumps(Attack(), protocol=2))
+    assert call(monkeypatch, "--resume", run) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_from_starts_with_given_weights_and_their_architecture(finished, tmp_path, monkeypatch):
+    arguments = [*TINY, "--channels", "32", "--steps", "0", "--fine-tune", "none"]
+    arguments += ["--from", finished / "after.safetensors", "--out", tmp_path / "run"]
+    assert call(monkeypatch, *arguments) == 0
+    ours, theirs = load_file(tmp_path / "run" / "before.safetensors"), load_file(finished / "after.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_eval_only_scores_as_the_run_did(finished, monkeypatch, capsys):
+    assert call(monkeypatch, *TINY, "--eval-only", finished / "after.safetensors") == 0
+    scored = json.loads((finished / "summary.json").read_text())["after"]
+    assert f"{100 * scored['ari']:.2f} ± {100 * scored['ari_std']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason="needs a file of the published data set")
+def test_eval_only_on_the_published_file(finished, monkeypatch, capsys):
+    arguments = ["--eval-only", finished / "after.safetensors", "--data", SAMPLE, "--device", "cpu"]
+    assert call(monkeypatch, *arguments) == 0
+    assert "Scores on 6 scenes" in capsys.readouterr().out
+
+
+REFUSED = {
+    "an unknown option": (["--learning-rate", "1"], "learning-rate"),
+    "a value of another type": (["--seed", "one"], "seed"),
+    "an unknown preset": (["--preset", "fast"], "preset"),
+    "steps and epochs": (["--steps", "1", "--epochs", "1"], "exclude each other"),
+    "no scenes": (["--num-scenes", "0"], "--num-scenes: expected at least 1, got 0"),
+    "a negative rate": (["--lr", "-1"], "--lr: expected a number >= 0, got -1"),
+    "a rate that is no number": (["--lr", "nan"], "--lr: expected a number >= 0, got nan"),
+    "an even kernel": (["--kernel-size", "4"], "--kernel-size: expected an odd number, got 4"),
+    "one slot under IIO": (["--fine-tune", "iio", "--num-slots", "1"], "--num-slots"),
+    "a device that does not exist": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+    "a device that is not here": (["--device", "cuda:99"], "--device cuda:99"),
+    "a file that is not there": (["--data", "no-such-file.tfrecords"], "no-such-file.tfrecords"),
+    "weights that are not there": (["--from", "no-such-file.safetensors"], "no-such-file.safetensors"),
+    "no run to resume": (["--resume", "no-such-run"], "no-such-run"),
+    "resume with other options": (["--resume", "no-such-run", "--lr", "1"], "leave out --lr"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_the_learning_rate_warms_up_and_halves():
+    config = train.Config(warmup_steps=100)
+    assert train.learning_rate(49, 1.0, config) == pytest.approx(0.5, rel=1e-3)
+    assert train.learning_rate(99_999, 1.0, config) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_every_epoch_sees_every_scene_once():
+    order = train.Order(train.Config(num_scenes=10, batch_size=4, seed=3))
+    seen = torch.cat([order(step) for step in range(10)]).view(4, 10)
+    assert all(torch.equal(epoch.sort().values, torch.arange(10)) for epoch in seen)
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(order(2), torch.cat([seen[0, 8:], seen[1, :2]])), "going back gives the same scenes"
+
+
+def test_the_hinge_lets_go_at_the_margin():
+    config = train.Config(margin=0.5, hinge_scale=10.0)
+    image, masks = torch.rand(2, 3, 11, 11), torch.rand(2, 4, 11, 11).softmax(1)
+    unused = torch.empty(0)
+    for reconstruction, active in ((image * 2 - 1 + 0.1, False), (image * 2 - 1 + 1.0, True)):
+        scene = train.Scene(reconstruction, masks, unused, unused, unused)
+        loss, parts = train.losses(scene, image, "fine-tuning", config)
+        torch.testing.assert_close(loss - parts["iio"], 10 * parts["mse"] * active, rtol=1e-5, atol=1e-5)
