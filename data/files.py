@@ -211,9 +211,7 @@ def _convert(path: Path, form: Format, folder: Path, progress: bool) -> None:
         # The number of scenes is not known beforehand, so progress is told in bytes of the file.
         size = os.fstat(file.fileno()).st_size
         disable = None if progress else True  # None: shown on a terminal only
-        bar = stack.enter_context(
-            tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=disable)
-        )
+        bar = stack.enter_context(tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=disable))
 
         scenes = 0
         for image, mask in _blocks(file, form):
@@ -271,14 +269,10 @@ def _blocks(file: BinaryIO, form: Format) -> Iterator[tuple[np.ndarray, np.ndarr
     if is_gzip(head) or is_tfrecord(head):
         return _tfrecord_blocks(file, form, is_gzip(head))
     found = f"begins with {head!r}" if head else "is empty"
-    raise DataError(
-        f"expected a TFRecord file (compressed with gzip or not) or an .npz file; this one {found}"
-    )
+    raise DataError(f"expected a TFRecord file (compressed with gzip or not) or an .npz file; this one {found}")
 
 
-def _tfrecord_blocks(
-    file: BinaryIO, form: Format, compressed: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _tfrecord_blocks(file: BinaryIO, form: Format, compressed: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     examples = read_examples(file, compressed=compressed)
     image = np.empty((BLOCK, prod(form.image)), np.uint8)
     mask = np.empty((BLOCK, prod(form.mask)), np.uint8)
@@ -308,9 +302,7 @@ def _feature(example: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     if len(values) != prod(shape):
-        raise DataError(
-            f"{name}: expected {prod(shape)} bytes, {_shape(shape)}, got {len(values)}: another data set?"
-        )
+        raise DataError(f"{name}: expected {prod(shape)} bytes, {_shape(shape)}, got {len(values)}: another data set?")
     return values
 
 
@@ -329,13 +321,9 @@ def _npz_blocks(file: BinaryIO, form: Format) -> Iterator[tuple[np.ndarray, np.n
         if array.shape[1:] != shape or array.ndim != 1 + len(shape):
             raise DataError(f"{name}: expected shape n x {_shape(shape)}, got {_shape(array.shape)}")
     if len(image) != len(mask):
-        raise DataError(
-            f"image and mask: expected as many of one as of the other, got {len(image)} and {len(mask)}"
-        )
+        raise DataError(f"image and mask: expected as many of one as of the other, got {len(image)} and {len(mask)}")
     if image.dtype != np.uint8 or mask.dtype not in (np.uint8, np.bool_):
-        raise DataError(
-            f"image and mask: expected uint8 and uint8 or bool, got {image.dtype} and {mask.dtype}"
-        )
+        raise DataError(f"image and mask: expected uint8 and uint8 or bool, got {image.dtype} and {mask.dtype}")
     for start in range(0, len(image), BLOCK):
         block = mask[start : start + BLOCK]
         yield image[start : start + BLOCK], block * np.uint8(255) if block.dtype == np.bool_ else block

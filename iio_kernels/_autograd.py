@@ -48,6 +48,5 @@ class _Final(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            "this backend differentiates once: for second derivatives call the operation with "
-            'backend="reference"'
+            'this backend differentiates once: for second derivatives call the operation with backend="reference"'
         )

@@ -6,6 +6,7 @@ Images are (B, 3, H, W) in [-1, 1]; K slots of width D explain each.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,17 +51,15 @@ class PositionEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Four convolutions, position embedding, LayerNorm and MLP: (B, 3, H, W) -> (B, H * W, channels)."""
+    """Four convolutions, position embedding, LayerNorm and MLP: (B, 3, H, W) -> (B, H * W, input_size)."""
 
-    def __init__(self, channels: int, kernel_size: int, resolution: tuple[int, int]) -> None:
+    def __init__(self, channels: int, kernel_size: int, resolution: tuple[int, int], input_size: int) -> None:
         super().__init__()
         widths = [3] + [channels] * 4
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, kernel_size, padding="same") for i, o in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size, padding="same") for i, o in pairwise(widths))
         self.position = PositionEmbedding(channels, resolution)
         self.norm = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(nn.Linear(channels, input_size), nn.ReLU(), nn.Linear(input_size, input_size))
 
     def forward(self, image: Tensor) -> Tensor:
         x = image.contiguous(memory_format=torch.channels_last)
@@ -80,8 +79,8 @@ class SlotAttention(nn.Module):
         self.norm_inputs = nn.LayerNorm(input_size)
         self.norm_slots = nn.LayerNorm(slot_size)
         self.norm_mlp = nn.LayerNorm(slot_size)
-        self.mu = nn.Parameter(torch.empty(1, slot_size))
-        self.log_sigma = nn.Parameter(torch.empty(1, slot_size))
+        self.mu = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slot_size)))
+        self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slot_size)))
         self.to_q = nn.Linear(slot_size, slot_size, bias=False)
         self.to_k = nn.Linear(input_size, slot_size, bias=False)
         self.to_v = nn.Linear(input_size, slot_size, bias=False)
@@ -125,13 +124,11 @@ class Decoder(nn.Module):
             widths = [slot_size] + [channels] * len(strides)
             self.convs = nn.ModuleList(
                 nn.ConvTranspose2d(i, o, kernel_size, stride, padding=half, output_padding=stride - 1)
-                for i, o, stride in zip(widths, widths[1:], strides, strict=False)
+                for (i, o), stride in zip(pairwise(widths), strides, strict=True)
             )
         else:
             widths = [slot_size] + [channels] * 3
-            self.convs = nn.ModuleList(
-                nn.Conv2d(i, o, kernel_size, padding="same") for i, o in zip(widths, widths[1:], strict=False)
-            )
+            self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size, padding="same") for i, o in pairwise(widths))
         self.to_rgba = nn.Conv2d(channels, 4, 3, padding="same")
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -154,14 +151,14 @@ def broadcast_conv2d(z: Tensor, position: Tensor, weight: Tensor, bias: Tensor) 
     image's convolution is one of only k x k vectors, by how many of the taps the borders cut off. O(M D O k^2) where
     the convolution itself takes O(M D O k^2 H W).
     """
-    (D, H, W), (O, _, k, _) = position.shape, weight.shape
+    (D, H, W), (out, _, k, _) = position.shape, weight.shape
     half = k // 2
     # inside[c, t]: whether tap t falls inside the image for the c-th kind of row (or column): c counts the first
     # `half` rows, then stands once for all rows in the middle, then counts the last `half`.
     c, t = torch.arange(k, device=z.device)[:, None], torch.arange(k, device=z.device)[None, :]
     inside = ((c + t >= half) & (c + t < half + k)).to(weight.dtype)
     kinds = torch.einsum("ay,odyx,bx->daob", inside, weight, inside).permute(0, 1, 3, 2)
-    constant = (z @ kinds.reshape(D, k * k * O)).view(-1, k, k, O)
+    constant = (z @ kinds.reshape(D, k * k * out)).view(-1, k, k, out)
     rows = constant[:, half : half + 1].expand(-1, H - 2 * half, -1, -1)
     constant = torch.cat([constant[:, :half], rows, constant[:, half + 1 :]], 1)
     columns = constant[:, :, half : half + 1].expand(-1, -1, W - 2 * half, -1)
@@ -177,8 +174,9 @@ class SlotAttentionAutoEncoder(nn.Module):
 
     Args:
         resolution: (H, W) of the images; with `strided` it must be (128, 128).
-        channels: width of all hidden convolutions, of the encoder's MLP and of the inputs to Slot Attention.
+        channels: width of all hidden convolutions.
         kernel_size: of the convolutions, odd.
+        input_size: width of the encoder's MLP, which makes the inputs to Slot Attention; None: `channels`.
         slot_size: D, the width of slots, queries, keys and values.
         mlp_size: hidden width of the residual MLP on the slots.
         num_slots, iterations: K and T, unless a call says otherwise.
@@ -190,6 +188,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         *,
         channels: int = 32,
         kernel_size: int = 5,
+        input_size: int | None = None,
         slot_size: int = 64,
         mlp_size: int = 128,
         strided: bool = False,
@@ -200,10 +199,10 @@ class SlotAttentionAutoEncoder(nn.Module):
         if strided and tuple(resolution) != (128, 128):
             raise ValueError(f"resolution: the strided decoder makes (128, 128) images, got {tuple(resolution)}")
         self.resolution, self.num_slots, self.iterations = tuple(resolution), num_slots, iterations
-        self.encoder = Encoder(channels, kernel_size, resolution)
-        self.slot_attention = SlotAttention(channels, slot_size, mlp_size)
+        input_size = input_size or channels
+        self.encoder = Encoder(channels, kernel_size, resolution, input_size)
+        self.slot_attention = SlotAttention(input_size, slot_size, mlp_size)
         self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
-        self.apply(_initialise)
 
     def forward(
         self,
@@ -232,19 +231,3 @@ class SlotAttentionAutoEncoder(nn.Module):
         components, alpha = self.decoder(slots).float().split([3, 1], 2)
         masks = alpha.softmax(1)
         return Scene((masks * components).sum(1), masks.squeeze(2), components, slots, attention)
-
-
-def _initialise(module: nn.Module) -> None:
-    """As the paper's Keras code does by default: Glorot-uniform weights, orthogonal recurrence, biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
-    elif isinstance(module, SlotAttention):
-        nn.init.xavier_uniform_(module.mu)
-        nn.init.xavier_uniform_(module.log_sigma)

@@ -309,9 +309,7 @@ def test_full_disk(path, monkeypatch):
 def test_really_full_disk(path, monkeypatch, count):
     write(path, count)
     real = files._GrowingArray.__init__
-    monkeypatch.setattr(
-        files._GrowingArray, "__init__", lambda self, _, shape: real(self, Path("/dev/full"), shape)
-    )
+    monkeypatch.setattr(files._GrowingArray, "__init__", lambda self, _, shape: real(self, Path("/dev/full"), shape))
     refuse(path, "cannot convert .*train.tfrecords .No space left on device", OSError)
 
 
@@ -453,9 +451,7 @@ def test_bad_npz(path, arrays, message):
 
 def test_cut_off_npz(path):
     with path.open("wb") as file:
-        np.savez_compressed(
-            file, image=np.zeros((9, 35, 35, 3), np.uint8), mask=np.zeros((9, 4, 35, 35), bool)
-        )
+        np.savez_compressed(file, image=np.zeros((9, 35, 35, 3), np.uint8), mask=np.zeros((9, 4, 35, 35), bool))
     path.write_bytes(path.read_bytes()[:200])
     refuse(path, "the .npz file is damaged")
 

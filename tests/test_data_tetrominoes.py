@@ -103,9 +103,7 @@ def test_the_stream_stays_what_it_is():
 @given(st.lists(st.integers(0, 299), min_size=1, max_size=40))
 def test_a_scene_does_not_depend_on_its_batch(device, numbers):
     scenes, numbers = TetrominoesGenerator(300, seed=1), torch.tensor(numbers)
-    for all_scenes, batch in zip(
-        scenes.batch(torch.arange(300)), scenes.batch(numbers, device=device), strict=True
-    ):
+    for all_scenes, batch in zip(scenes.batch(torch.arange(300)), scenes.batch(numbers, device=device), strict=True):
         assert batch.device.type == device
         assert torch.equal(all_scenes[numbers], batch.cpu())
 

@@ -76,8 +76,16 @@ INPAINTING = [
 ]
 MANY_MASKS = [
     (images(K=1), ValueError, ["masks", "at least 2", "1"]),
-    (images(K=13), ValueError, ["masks", "at most 12", "'reference'", "13", "2**13 subsets", "0.0381 GiB"]),
-    (images(K=3000), ValueError, ["masks", "at most 12", "3000", "2**3000 subsets", "GiB"]),
+    (
+        images(K=13, backend="reference"),
+        ValueError,
+        ["masks", "at most 12", "'reference'", "13", "2**13 subsets", "0.0381 GiB"],
+    ),
+    (
+        images(K=3000, backend="reference"),
+        ValueError,
+        ["masks", "at most 12", "3000", "2**3000 subsets", "GiB"],
+    ),
 ]
 LOSS = [
     (images(terms="all"), ValueError, ["terms", "'sum', 'mean'", "'all'"]),
@@ -165,9 +173,7 @@ def test_bad_arguments_are_named(function, arguments, error, words):
         at = message.index(word, at) + len(word)
 
 
-@pytest.mark.parametrize(
-    "function", [*LOSSES, inpaint, slot_attention], ids=lambda function: function.__name__
-)
+@pytest.mark.parametrize("function", [*LOSSES, inpaint, slot_attention], ids=lambda function: function.__name__)
 def test_options_are_given_by_name(function):
     arguments = images() if function is not slot_attention else slots()
     with pytest.raises(TypeError, match="positional"):
@@ -179,7 +185,7 @@ def test_options_are_given_by_name(function):
     [
         (iio_loss, images(sigma=5, eps=0, kernel_size=11)),
         (iio_loss, images(H=11, W=11)),
-        (iio_loss, images(K=12, H=11, W=11, B=0)),
+        (iio_loss, images(K=12, H=11, W=11, B=0, backend="reference")),
         (inpaint, images(K=13)),
         (slot_attention, slots(scale=-1, eps=0)),
         (slot_attention, slots(slot_mask=torch.tensor(True), input_mask=torch.ones(1, 5, dtype=torch.bool))),
@@ -231,9 +237,7 @@ def test_inpainting_looks_at_no_value(function, shape, backend):
 @pytest.mark.parametrize("masked", [False, True])
 def test_slot_attention_looks_at_no_value(options, masked, backend):
     masks = {"slot_mask": torch.ones(3, 1, dtype=torch.bool), "input_mask": torch.ones(5, dtype=torch.bool)}
-    arguments = slots(
-        batch=(2, 3), backend=backend, return_attention=True, **options, **(masks if masked else {})
-    )
+    arguments = slots(batch=(2, 3), backend=backend, return_attention=True, **options, **(masks if masked else {}))
     arguments = differentiable(arguments)
     U, A = slot_attention(**arguments)
     assert U.shape == (2, 3, 4, 7)

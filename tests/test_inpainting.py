@@ -104,9 +104,7 @@ def test_many_masks(K, backend, device):
         torch.testing.assert_close(H[:, m, position], expected, rtol=1e-10, atol=0)
     expected = results(lambda x, y: -conditional_entropies(x, y).sum((1, 2)), image, masks)
     assert_all_close(run(image, masks, backend), expected)
-    assert_all_close(
-        [x.double() for x in run(image.float(), masks.float(), backend)], expected, relative=1e-5
-    )
+    assert_all_close([x.double() for x in run(image.float(), masks.float(), backend)], expected, relative=1e-5)
 
 
 @pytest.mark.parametrize(("image_dtype", "masks_dtype"), [(32, 16), (16, 32), (64, 32), (0, 16)])
@@ -129,8 +127,7 @@ def test_two_masks_is_minus_inpainting_error_maximization(backend, device):
     first, second = masks.unbind(1)
     error = [(image - literal.inpaint(image, given)).abs().mean(1) for given in (second, first)]
     objective = sum(
-        (centre * e).sum((1, 2)) / centre.sum((1, 2))
-        for centre, e in zip((first, second), error, strict=True)
+        (centre * e).sum((1, 2)) / centre.sum((1, 2)) for centre, e in zip((first, second), error, strict=True)
     )
     torch.testing.assert_close(iio_loss(image, masks, backend=backend), -objective.mean(), rtol=1e-10, atol=0)
 
@@ -169,9 +166,7 @@ def test_terms_and_reductions(K, backend, device):
         options = {"terms": terms, "backend": backend}
         torch.testing.assert_close(iio_loss(image, masks, reduction="none", **options), losses / divisor)
         torch.testing.assert_close(iio_loss(image, masks, reduction="sum", **options), losses.sum() / divisor)
-        torch.testing.assert_close(
-            iio_loss(image, masks, reduction="mean", **options), losses.mean() / divisor
-        )
+        torch.testing.assert_close(iio_loss(image, masks, reduction="mean", **options), losses.mean() / divisor)
         torch.testing.assert_close(iio_loss(image, masks, **options), losses.mean() / divisor)
 
 
@@ -525,7 +520,7 @@ def test_compiles_as_one_graph(dynamic, backend, device):
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for B, H, W in ((2, 13, 12), (3, 20, 17)) if dynamic else ((2, 13, 12),):
-        tensors, _ = Case("compiled", B=B, K=3, H=H, W=W).make(device=device)
+        tensors, _ = Case("compiled", B=B, K=2, H=H, W=W).make(device=device)
         assert_all_close(results(compiled, *tensors), results(function, *tensors))
 
 
@@ -623,9 +618,7 @@ def test_true_masks_are_the_best_of_all(backend, device):
 
     def mean_loss(masks, **options):
         pieces = zip(image.split(50), masks.split(50), strict=False)
-        return sum(
-            iio_loss(x, m, reduction="sum", backend=backend, **options).item() for x, m in pieces
-        ) / len(masks)
+        return sum(iio_loss(x, m, reduction="sum", backend=backend, **options).item() for x, m in pieces) / len(masks)
 
     losses = {name: mean_loss(masks) for name, (masks, _) in candidates.items()}
     assert losses == {name: pytest.approx(expected, abs=0.15) for name, (_, expected) in candidates.items()}

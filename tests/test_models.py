@@ -53,9 +53,7 @@ def test_clevr_decoder_is_strided():
         SlotAttentionAutoEncoder((64, 64), strided=True)
 
 
-@given(
-    height=st.integers(5, 11), width=st.integers(5, 11), k=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**31)
-)
+@given(height=st.integers(5, 11), width=st.integers(5, 11), k=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**31))
 def test_broadcast_convolution_is_exact(height, width, k, seed):
     g = torch.Generator().manual_seed(seed)
 
@@ -68,9 +66,7 @@ def test_broadcast_convolution_is_exact(height, width, k, seed):
     plain = F.conv2d(z[:, :, None, None] + position, weight, bias, padding="same")
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     grad = torch.randn(plain.shape, generator=g, dtype=torch.float64)
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -134,9 +130,7 @@ def test_slots_and_iterations_per_call(model):
 
 def test_slots_are_drawn_from_the_generator(model):
     image = torch.rand(2, 3, 15, 13)
-    one, same, other = (
-        model(image, generator=torch.Generator().manual_seed(s)).reconstruction for s in (5, 5, 6)
-    )
+    one, same, other = (model(image, generator=torch.Generator().manual_seed(s)).reconstruction for s in (5, 5, 6))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

@@ -41,11 +41,7 @@ def test_ari_is_scikit_learns(pixels, device):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 12).flatmap(
-        lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)
-    )
-)
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)))
 def test_ari_is_scikit_learns_on_anything_small(labels):
     true, pred = labels
     close(adjusted_rand_index(torch.tensor([true]), torch.tensor([pred])), [adjusted_rand_score(true, pred)])
@@ -124,12 +120,9 @@ def test_matching_is_the_best_of_all():
     expected = []
     for t, p in zip(true, pred, strict=True):
         iou = [
-            [(((t == i) & (p == j)).sum()) / max(((t == i) | (p == j)).sum(), 1) for j in range(4)]
-            for i in range(3)
+            [(((t == i) & (p == j)).sum()) / max(((t == i) | (p == j)).sum(), 1) for j in range(4)] for i in range(3)
         ]
-        best = max(
-            sum(iou[i][j] for i, j in enumerate(order)) for order in itertools.permutations(range(4), 3)
-        )
+        best = max(sum(iou[i][j] for i, j in enumerate(order)) for order in itertools.permutations(range(4), 3))
         expected.append(best / len(set(t)))
     close(mean_iou(torch.tensor(true), torch.tensor(pred)), expected)
 

@@ -53,9 +53,7 @@ NAMES = ("U", "A", "dq", "dk", "dv")
 def assert_all_close(got, expected, relative: float = 1e-11) -> None:
     for name, x, y in zip(NAMES, got, expected, strict=True):
         scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(
-            x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- the formula --------------------------------------------------------------------------------------------
@@ -171,9 +169,7 @@ def test_gradients_of_some_inputs(wanted, backend, device):
 # --- symmetry -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"eps_in": "denominator", "eps": 1.0}, {"normalize": "sum"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"eps_in": "denominator", "eps": 1.0}, {"normalize": "sum"}], ids=str)
 def test_permuting_slots_permutes_updates_and_permuting_inputs_changes_nothing(options, backend, device):
     """Proposition 1 of Slot Attention."""
     (q, k, v), _ = Case("permuted", K=7).make(device=device)
@@ -194,9 +190,7 @@ SMALL = [
     Case("weights", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"eps": 0.1}),
     Case("denominator", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"eps": 0.1, "eps_in": "denominator"}),
     Case("sum", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"normalize": "sum"}),
-    Case(
-        "joint", batch=(2,), K=2, N=3, Dk=2, Dv=3, options={"joint_heads": True}, slots="some", inputs="some"
-    ),
+    Case("joint", batch=(2,), K=2, N=3, Dk=2, Dv=3, options={"joint_heads": True}, slots="some", inputs="some"),
 ]
 
 
@@ -326,6 +320,19 @@ def test_gradients_at_masked_attention_are_never_read(case, backend, device):
     assert_all_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["both masks", "joint heads, masks"])
+def test_a_gradient_of_nan_stays_out_of_what_is_masked(name, backend, device):
+    tensors, options = case_named(name).make(device=device)
+    slots, inputs = options["slot_mask"], options["input_mask"]
+    U, A = slot_attention(*tensors, return_attention=True, backend=backend, **options)
+    incoming = torch.full_like(U, float("nan")), torch.full_like(A, float("nan"))
+    _, _, dq, dk, dv = run(tensors, backend, incoming, **options)
+    assert (dq[~slots] == 0).all()
+    assert (dk[~inputs] == 0).all()
+    assert (dv[~inputs] == 0).all()
+    assert dv[inputs].isnan().all()
+
+
 def test_masked_slots_and_inputs_have_no_attention_and_no_gradient(backend, device):
     tensors, options = case_named("both masks").make(device=device)
     U, A, dq, dk, dv = run(tensors, backend, **options)
@@ -353,8 +360,7 @@ def test_masks_broadcast(shape, backend, device):
 def test_a_mask_of_ones_changes_nothing(backend, device):
     tensors, _ = Case("ones").make(device=device)
     masks = {
-        name: torch.ones(2, n, dtype=torch.bool, device=device)
-        for name, n in (("slot_mask", 4), ("input_mask", 37))
+        name: torch.ones(2, n, dtype=torch.bool, device=device) for name, n in (("slot_mask", 4), ("input_mask", 37))
     }
     assert_all_close(run(tensors, backend, **masks), run(tensors, backend))
 
@@ -483,9 +489,7 @@ def test_function_is_what_the_public_call_runs(any_device):
     """`SlotAttentionFunction` by itself, with the reference's kernels."""
     tensors, _ = Case("function").make(device=any_device)
     options = Options(scale=0.25, eps=1e-8, eps_in="weights", normalize="mean", joint_heads=False)
-    got = results(
-        lambda q, k, v: SlotAttentionFunction.apply(q, k, v, None, None, options, "reference"), tensors
-    )
+    got = results(lambda q, k, v: SlotAttentionFunction.apply(q, k, v, None, None, options, "reference"), tensors)
     assert_all_close(got, run(tensors, "reference"))
 
 
@@ -510,9 +514,7 @@ def test_compiles_as_one_graph(dynamic, masked, backend, device):
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for batch, N in ((2, 37), (3, 50)) if dynamic else ((2, 37),):
-        case = Case(
-            "compiled", (batch,), N=N, slots="some" if masked else "all", inputs="some" if masked else "all"
-        )
+        case = Case("compiled", (batch,), N=N, slots="some" if masked else "all", inputs="some" if masked else "all")
         tensors, masks = case.make(device=device)
         got = _compiled_sum(compiled, *tensors, masks.values())
         assert_all_close(got, _compiled_sum(function, *tensors, masks.values()))
@@ -523,9 +525,7 @@ def test_compiles_with_one_tensor_for_keys_and_values(backend, device):
     (q, k, _), _ = Case("compiled").make(device=device)
     torch.compiler.reset()
     k.requires_grad_()
-    compiled = torch.compile(
-        lambda q, k: slot_attention(q, k, k, backend=backend), backend="aot_eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda q, k: slot_attention(q, k, k, backend=backend), backend="aot_eager", fullgraph=True)
     (got,) = torch.autograd.grad(compiled(q, k).square().sum(), k)
     (expected,) = torch.autograd.grad(slot_attention(q, k, k, backend=backend).square().sum(), k)
     torch.testing.assert_close(got, expected)
@@ -591,7 +591,5 @@ def test_bytes_and_flops_of_tetrominoes():
 def test_reference_pair_has_the_options_of_the_public_function():
     tensors, _ = Case("pair").make()
     options = Options(scale=0.25, eps=1e-8, eps_in="weights", normalize="mean", joint_heads=False)
-    for x, y in zip(
-        reference.forward(*tensors, None, None, options), run(tensors, "reference")[:2], strict=True
-    ):
+    for x, y in zip(reference.forward(*tensors, None, None, options), run(tensors, "reference")[:2], strict=True):
         assert torch.equal(x, y)

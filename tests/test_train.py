@@ -220,9 +220,10 @@ def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, 
 
 
 def test_the_learning_rate_warms_up_and_halves():
-    config = train.Config(warmup_steps=100)
+    config = train.Config(warmup_steps=100, half_life=100_000)
     assert train.learning_rate(49, 1.0, config) == pytest.approx(0.5, rel=1e-3)
     assert train.learning_rate(99_999, 1.0, config) == pytest.approx(0.5, rel=1e-3)
+    assert train.learning_rate(199_999, 4e-4, config) == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_every_epoch_sees_every_scene_once():

@@ -280,8 +280,7 @@ def _check(
     K = masks.shape[1]
     if (masks.shape[0], *masks.shape[2:]) != (B, H, W):
         raise ValueError(
-            f"masks: expected shape ({B}, K, {H}, {W}) to match image {tuple(image.shape)}, "
-            f"got {tuple(masks.shape)}"
+            f"masks: expected shape ({B}, K, {H}, {W}) to match image {tuple(image.shape)}, got {tuple(masks.shape)}"
         )
     if min_masks > K:
         raise ValueError(f"masks: expected at least {min_masks} masks in dimension 1, got {K}")

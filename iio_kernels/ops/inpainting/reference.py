@@ -80,14 +80,14 @@ def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) ->
         image, masks = _read(image, masks)
         R, D = _subset_residuals(image, masks, inpainter)
         empty = D == 0
-        # PyTorch's sign(NaN) is 0; adding 0 * R lets a NaN reach the gradient as well.
-        sign = (R.sign() + 0 * R).detach()
-        e = (sign * R).mean(2) / D.masked_fill(empty, 1)
+        e = R.abs().mean(2) / D.masked_fill(empty, 1)
+        # The gradient of |NaN| is 0 in PyTorch. That of this sum is 1 + 0 * e: a NaN reaches the image's too.
         e = e.masked_fill(empty, 0)
+        e = e + 0 * e * e
+        # For every centre m and every set; those that hold m itself are then left out.
+        dots = torch.einsum("bkhw,bshw->bks", masks, e)
+        entropies = [_without(dots[:, m], m)[:, 1:] for m in range(masks.shape[1])]
         norms = masks.sum((-2, -1))
-        entropies = [
-            torch.einsum("bhw,bshw->bs", masks[:, m], _without(e, m)[:, 1:]) for m in range(masks.shape[1])
-        ]
         H, norms = torch.stack(entropies, 1), norms.unsqueeze(-1)
         empty = norms == 0
         return (H / norms.masked_fill(empty, 1)).masked_fill(empty, 0)

@@ -138,12 +138,10 @@ BENCHMARKS = (
 def allowed_error(truth: Tensor, eager: Tensor) -> float:
     """How far a result may lie from the `truth`, computed in float64 from the same stored inputs.
 
-    Twice as far as `eager`, the literal formula computed in float32 and stored in the result's type; and 4 units
-    in the last place of the largest value besides, since eager may be exact.
+    Twice as far as `eager`, the literal formula computed in float32 and stored in the result's type; and 4
+    units in the last place of the largest value besides, since eager may be exact.
     """
     if truth.numel() == 0:
         return 0.0
     error = (eager.double() - truth).abs().max().item()
-    return (2 * error if math.isfinite(error) else 0) + 4 * torch.finfo(
-        eager.dtype
-    ).eps * truth.abs().max().item()
+    return (2 * error if math.isfinite(error) else 0) + 4 * torch.finfo(eager.dtype).eps * truth.abs().max().item()

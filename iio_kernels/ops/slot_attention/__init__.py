@@ -89,9 +89,7 @@ def slot_attention(
     slot_mask, input_mask = _check(q, k, v, joint_heads, slot_mask, input_mask)
     _checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
-    name = _backends.choose(
-        backend, _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask)
-    )
+    name = _backends.choose(backend, _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask))
     if name == "reference":
         U, A = reference.slot_attention(q, k, v, slot_mask, input_mask, options)
     else:
@@ -140,9 +138,7 @@ class SlotAttentionFunction(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _options(
-    q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool
-) -> Options:
+def _options(q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool) -> Options:
     _checks.option("eps_in", eps_in, ("weights", "denominator"))
     _checks.option("normalize", normalize, ("mean", "sum"))
     return Options(

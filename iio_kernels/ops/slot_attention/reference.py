@@ -112,9 +112,7 @@ def _read(
     return q, k, v
 
 
-def _attention(
-    q: Tensor, k: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options) -> Tensor:
     """A (..., N, K), 0 for masked slots and masked inputs."""
     L = options.scale * (k @ q.mT)
     if slot_mask is not None:

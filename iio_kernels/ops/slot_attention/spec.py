@@ -145,6 +145,4 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     if truth.numel() == 0:
         return 0.0
     error = (eager.double() - truth).abs().max().item()
-    return (2 * error if math.isfinite(error) else 0) + 4 * torch.finfo(
-        eager.dtype
-    ).eps * truth.abs().max().item()
+    return (2 * error if math.isfinite(error) else 0) + 4 * torch.finfo(eager.dtype).eps * truth.abs().max().item()
