@@ -23,7 +23,9 @@ _SHARED = {
             so that far from a mask the prediction falls back to the mask's mean colour.""",
     "backend": """backend: "auto" takes the fastest that serves the tensors' device; see `iio_kernels.backends()`.""",
     "empty": """Empty masks: a term whose mask, or whose whole conditioning set, sums to exactly 0 is 0 with zero
-    gradient. Values are never inspected: a NaN travels into result and gradients, and no call waits for the device.""",
+    gradient; so is, with eps = 0, the error of a pixel that the filter does not reach from the set. Mask values below
+    1e-20 count as 0: gradients divide by a mask's sum, and float32 ends at 1e38. Values are never inspected: a NaN
+    travels into result and gradients, and no call waits for the device.""",
     "raises": """Raises:
         TypeError: image or masks is not a floating-point tensor, or an option has the wrong type.
         ValueError: shapes, devices or options do not fit, or K is over the backend's limit (reference: 12).

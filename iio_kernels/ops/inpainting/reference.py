@@ -32,6 +32,10 @@ from iio_kernels._autograd import without_autocast
 #: Every subset's planes are held at once here, 2^K of them, so K is limited.
 MAX_MASKS = 12
 
+#: Mask values below this count as 0. A softmax easily leaves a slot 1e-30 everywhere, and gradients divide by such a
+#: mask's sum and by eps times it: 1e28 is within float32's range, 1e38 is not.
+NEGLIGIBLE = 1e-20
+
 
 @dataclass(frozen=True)
 class Inpainter:
@@ -136,8 +140,10 @@ def loss_and_gradient(
 
 
 def _read(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the arithmetic, with negligible mask values 0."""
     dtype = torch.promote_types(torch.promote_types(image.dtype, masks.dtype), torch.float32)
-    return image.to(dtype), masks.to(dtype)
+    masks = masks.to(dtype)
+    return image.to(dtype), masks.masked_fill(masks.abs() < NEGLIGIBLE, 0)
 
 
 def _blurred(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
