@@ -91,8 +91,6 @@ class Config:
     """Size of the convolutions, odd."""
     input_size: int | None = None
     """Width of the encoder's MLP, which makes the inputs to Slot Attention."""
-    position_scale: float | None = None
-    """Range of the coordinates in the position embeddings; a larger one tells positions apart sooner."""
 
     batch_size: int | None = None
     """Scenes in a step."""
@@ -141,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Slot Attention's supplement, section E, and the IIO paper.
     "paper": dict(
         epochs=50, fine_tune_epochs=5, num_scenes=60_000, eval_scenes=1000,
-        channels=32, kernel_size=5, input_size=32, position_scale=1.0, batch_size=64,
+        channels=32, kernel_size=5, input_size=32, batch_size=64,
         lr=4e-4, fine_tune_lr=4e-4, warmup_steps=10_000, half_life=100_000, clip=0.0,
         margin=4e-4, hinge_scale=1e3,
     ),
@@ -149,13 +147,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # margin, and a scale of 1000 would drown IIO: margin and scale follow the error that is reached.
     "quick": dict(
         steps=6000, fine_tune_steps=6000, num_scenes=60_000, eval_scenes=320,
-        channels=32, kernel_size=3, input_size=64, position_scale=4.0, batch_size=16,
+        channels=32, kernel_size=3, input_size=64, batch_size=16,
         lr=1e-3, fine_tune_lr=5e-4, warmup_steps=300, half_life=2500, clip=1.0,
         margin=0.06, hinge_scale=150.0,
     ),
     "smoke": dict(
         steps=20, fine_tune_steps=10, num_scenes=256, eval_scenes=32,
-        channels=8, kernel_size=3, input_size=8, position_scale=4.0, batch_size=8,
+        channels=8, kernel_size=3, input_size=8, batch_size=8,
         lr=1e-3, fine_tune_lr=5e-4, warmup_steps=5, half_life=20, clip=1.0,
         margin=0.06, hinge_scale=150.0,
     ),
@@ -306,7 +304,7 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         shape = json.loads(about["architecture"])
-        return dataclasses.replace(config, **{name: kind(shape[name]) for name, kind in ARCHITECTURE.items()}), tensors
+        return dataclasses.replace(config, **{name: int(shape[name]) for name in ARCHITECTURE}), tensors
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path} holds no weights of a run ({error})") from None
 
@@ -394,11 +392,8 @@ def hash_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
-#: What `SlotAttentionAutoEncoder` takes from a `Config`, and weights carry with them: the field's name and type.
-ARCHITECTURE = {
-    "channels": int, "kernel_size": int, "input_size": int, "position_scale": float, "num_slots": int,
-    "iterations": int,
-}  # fmt: skip
+#: What `SlotAttentionAutoEncoder` takes from a `Config`, and weights carry with them.
+ARCHITECTURE = ("channels", "kernel_size", "input_size", "num_slots", "iterations")
 
 
 def architecture(config: Config) -> dict[str, Any]:

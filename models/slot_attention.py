@@ -32,18 +32,14 @@ class Scene(NamedTuple):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a learnt linear projection of (y, x, 1 - y, 1 - x), each in [0, scale] (supplement, section E.2: 1).
+    """Adds a learnt linear projection of (y, x, 1 - y, 1 - x), each in [0, 1] (supplement, section E.2)."""
 
-    With PyTorch's small initial weights a scale of 1 leaves all positions nearly alike, and training begins with
-    learning to tell them apart; a larger scale begins with that.
-    """
-
-    def __init__(self, channels: int, resolution: tuple[int, int], scale: float = 1.0) -> None:
+    def __init__(self, channels: int, resolution: tuple[int, int]) -> None:
         super().__init__()
         self.dense = nn.Linear(4, channels)
         height, width = resolution
         y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-        self.register_buffer("grid", scale * torch.stack([y, x, 1 - y, 1 - x], -1), persistent=False)
+        self.register_buffer("grid", torch.stack([y, x, 1 - y, 1 - x], -1), persistent=False)
 
     def embedding(self) -> Tensor:
         """(C, H, W), in channels-last memory order."""
@@ -57,13 +53,11 @@ class PositionEmbedding(nn.Module):
 class Encoder(nn.Module):
     """Four convolutions, position embedding, LayerNorm and MLP: (B, 3, H, W) -> (B, H * W, input_size)."""
 
-    def __init__(
-        self, channels: int, kernel_size: int, resolution: tuple[int, int], input_size: int, position_scale: float
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: int, resolution: tuple[int, int], input_size: int) -> None:
         super().__init__()
         widths = [3] + [channels] * 4
         self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size, padding="same") for i, o in pairwise(widths))
-        self.position = PositionEmbedding(channels, resolution, position_scale)
+        self.position = PositionEmbedding(channels, resolution)
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, input_size), nn.ReLU(), nn.Linear(input_size, input_size))
 
@@ -120,17 +114,11 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        slot_size: int,
-        channels: int,
-        kernel_size: int,
-        resolution: tuple[int, int],
-        strided: bool,
-        position_scale: float,
+        self, slot_size: int, channels: int, kernel_size: int, resolution: tuple[int, int], strided: bool
     ) -> None:
         super().__init__()
         self.strided = strided
-        self.position = PositionEmbedding(slot_size, (8, 8) if strided else resolution, position_scale)
+        self.position = PositionEmbedding(slot_size, (8, 8) if strided else resolution)
         if strided:
             strides, half = (2, 2, 2, 2, 1), kernel_size // 2
             widths = [slot_size] + [channels] * len(strides)
@@ -192,7 +180,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         slot_size: D, the width of slots, queries, keys and values.
         mlp_size: hidden width of the residual MLP on the slots.
         strided: decode from an 8 x 8 grid by transposed convolutions.
-        position_scale: range of the coordinates in the position embeddings.
         num_slots, iterations: K and T, unless a call says otherwise.
     """
 
@@ -206,7 +193,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         slot_size: int = 64,
         mlp_size: int = 128,
         strided: bool = False,
-        position_scale: float = 1.0,
         num_slots: int = 4,
         iterations: int = 3,
     ) -> None:
@@ -215,9 +201,9 @@ class SlotAttentionAutoEncoder(nn.Module):
             raise ValueError(f"resolution: the strided decoder makes (128, 128) images, got {tuple(resolution)}")
         self.resolution, self.num_slots, self.iterations = tuple(resolution), num_slots, iterations
         input_size = input_size or channels
-        self.encoder = Encoder(channels, kernel_size, resolution, input_size, position_scale)
+        self.encoder = Encoder(channels, kernel_size, resolution, input_size)
         self.slot_attention = SlotAttention(input_size, slot_size, mlp_size)
-        self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided, position_scale)
+        self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
 
     def forward(
         self,

@@ -415,6 +415,35 @@ def test_an_empty_mask_has_no_terms_and_no_gradient_through_them(eps, backend, d
     assert dmasks[:, 3].isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [-40.0, -60.0, -80.0, -100.0, -120.0])
+def test_a_slot_that_a_softmax_all_but_closed(offset, backend, device):
+    """Its mask's sum lies anywhere down to float32's smallest numbers, and gradients divide by it."""
+    image, logits = torch.rand(2, 3, 12, 14, device=device), torch.randn(2, 4, 12, 14, device=device)
+    logits[0, 1] += offset
+    logits[1, 2] += offset
+    logits[1, 3] += offset
+    logits.requires_grad_()
+    loss = iio_loss(image, logits.softmax(1), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_pixels_outside_a_mask_have_a_gradient(backend, device):
+    """In float64 it is that of the literal formula: what tells a binary mask which pixels should join it."""
+    (image, masks), _ = Case("one-hot", K=3, masks="one-hot").make(device=device)
+    _, _, dmasks = run(image, masks, backend, torch.ones_like(image[:, 0, 0, 0]))
+    step, (b, m, y, x) = 1e-6, (masks == 0).nonzero()[7]
+    losses = []
+    for sign in (1, -1):
+        moved = masks.clone()
+        moved[b, m, y, x] += sign * step
+        losses.append(literal.iio_loss(image, moved).sum())
+    measured = (losses[0] - losses[1]) / (2 * step)
+    torch.testing.assert_close(dmasks[b, m, y, x], measured, rtol=1e-4, atol=1e-8)
+
+
 def test_no_mask_has_a_pixel(backend, device):
     image, masks = torch.rand(2, 3, 12, 12, device=device), torch.zeros(2, 4, 12, 12, device=device)
     for x in run(image, masks, backend):

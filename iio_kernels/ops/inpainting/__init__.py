@@ -189,7 +189,8 @@ def interaction_information(
     subsets = torch.arange(1, H.shape[2] + 1, device=H.device)
     sizes = sum((subsets >> i) & 1 for i in range(masks.shape[1] - 1))
     # An empty region has no entropy at all; a NaN norm differs from 0 and is left to H to carry.
-    entropy_alone = (masks.detach().sum((-2, -1)) != 0).to(H.dtype)
+    norms = reference.without_negligible(masks.detach()).sum((-2, -1))
+    entropy_alone = (norms != 0).to(H.dtype)
     return entropy_alone + (H * (1 - 2 * (sizes % 2))).sum(2)
 
 

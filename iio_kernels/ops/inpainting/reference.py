@@ -140,10 +140,15 @@ def loss_and_gradient(
 
 
 def _read(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the arithmetic, with negligible mask values 0."""
+    """Both in the dtype of the arithmetic."""
     dtype = torch.promote_types(torch.promote_types(image.dtype, masks.dtype), torch.float32)
     masks = masks.to(dtype)
-    return image.to(dtype), masks.masked_fill(masks.abs() < NEGLIGIBLE, 0)
+    # Rounded to 0, not cut off: a mask's gradient where it is 0 says whether the pixel should join it.
+    return image.to(dtype), masks + (without_negligible(masks) - masks).detach()
+
+
+def without_negligible(masks: Tensor) -> Tensor:
+    return masks.masked_fill(masks.abs() < NEGLIGIBLE, 0)
 
 
 def _blurred(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
