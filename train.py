@@ -531,7 +531,7 @@ def run(config: Config, folder: Path, source: Scenes, weights: dict[str, Tensor]
     results: dict[str, dict] = json.loads(state["results"])
     done = sum(list(phases.values())[: state["phase"]]) + state["step"]
     metrics = Metrics(folder, done)
-    print(greeting(config, phases, done, model, source))
+    print(greeting(config, phases, done, model, source), flush=True)
 
     def save(phase: int, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         seconds = state["seconds"] + time.monotonic() - begun

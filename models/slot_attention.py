@@ -57,6 +57,11 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [3] + [channels] * 4
         self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size, padding="same") for i, o in pairwise(widths))
+        for conv in self.convs:
+            # PyTorch's default shrinks the signal at every layer, and features begin nearly constant. He et al.'s
+            # keeps it: the mean over a slot's inputs then tells shapes apart from the start.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
         self.position = PositionEmbedding(channels, resolution)
         self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, input_size), nn.ReLU(), nn.Linear(input_size, input_size))
