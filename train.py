@@ -634,7 +634,7 @@ def greeting(config: Config, phases: dict[str, int], done: int, model: SlotAtten
             loss.item()
             times[phase] = time.monotonic() - begun
     total = sum(phases.values())
-    minutes = sum(times[phase] * steps for phase, steps in phases.items()) * (1 - done / total) / 60
+    minutes = sum(times[phase] * steps for phase, steps in phases.items()) * (1 - done / max(1, total)) / 60
     length = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     plan = ", then ".join(f"{steps:,} steps of {phase}" for phase, steps in phases.items())
     where = f"from step {done:,} " if done else ""
