@@ -24,11 +24,9 @@ def test_iio_loss(race, device, case, contender):
     losses = {
         "literal": lambda: literal.iio_loss(image, masks).mean(),
         "reference": lambda: iio_kernels.iio_loss(image, masks, backend="reference", **options),
-        "reference, compiled": torch.compile(
-            lambda: iio_kernels.iio_loss(image, masks, backend="reference", **options)
-        ),
         "IIOLossFunction": lambda: inpainting.IIOLossFunction.apply(image, masks, inpainter, "reference").mean(),
     }
+    losses["reference, compiled"] = torch.compile(losses["reference"])
     race(
         lambda: torch.autograd.grad(losses[contender](), masks),
         group=f"iio_loss, {case.name}: B {case.B}, K {case.K}, {case.H}x{case.W}",
@@ -45,13 +43,11 @@ def test_slot_attention(race, device, case, contender):
     complete = slot_attention.reference.Options(inputs[0].shape[-1] ** -0.5, 1e-8, "weights", "mean", False)
     steps = {
         "reference": lambda: iio_kernels.slot_attention(*inputs, backend="reference", **options),
-        "reference, compiled": torch.compile(
-            lambda: iio_kernels.slot_attention(*inputs, backend="reference", **options)
-        ),
         "SlotAttentionFunction": lambda: slot_attention.SlotAttentionFunction.apply(
             *inputs, None, None, complete, "reference"
         )[0],
     }
+    steps["reference, compiled"] = torch.compile(steps["reference"])
     grad = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1], device=device)
     race(
         lambda: torch.autograd.grad(steps[contender](), inputs, grad),
