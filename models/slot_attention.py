@@ -58,8 +58,8 @@ class Encoder(nn.Module):
         widths = [3] + [channels] * 4
         self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size, padding="same") for i, o in pairwise(widths))
         for conv in self.convs:
-            # PyTorch's default shrinks the signal at every layer, and features begin nearly constant. He et al.'s
-            # keeps it: the mean over a slot's inputs then tells shapes apart from the start.
+            # He et al.'s keeps the signal's size from layer to layer, which PyTorch's default shrinks; in whole runs it
+            # was ahead early (bench/README.md).
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         self.position = PositionEmbedding(channels, resolution)

@@ -73,28 +73,21 @@ def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     with without_autocast(image.device):
         image, masks = _read(image, masks)
         n, d = _blurred(image, masks, inpainter)
-        d = d.unsqueeze(2)
-        empty = d == 0
-        return (n / d.masked_fill(empty, 1)).masked_fill(empty, 0)
+        return _divide(n, d.unsqueeze(2))
 
 
 def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     """H (B, K, 2^(K-1) - 1): entry (m, j) is <m, e_C> / ||m||_1, C the j-th nonempty subset of the other masks."""
     with without_autocast(image.device):
         image, masks = _read(image, masks)
-        R, D = _subset_residuals(image, masks, inpainter)
-        empty = D == 0
-        e = R.abs().mean(2) / D.masked_fill(empty, 1)
+        R, D = _subset_residuals(image, *_blurred(image, masks, inpainter))
+        e = _divide(R.abs().mean(2), D)
         # The gradient of |NaN| is 0 in PyTorch. That of this sum is 1 + 0 * e: a NaN reaches the image's too.
-        e = e.masked_fill(empty, 0)
         e = e + 0 * e * e
         # For every centre m and every set; those that hold m itself are then left out.
         dots = torch.einsum("bkhw,bshw->bks", masks, e)
         entropies = [_without(dots[:, m], m)[:, 1:] for m in range(masks.shape[1])]
-        norms = masks.sum((-2, -1))
-        H, norms = torch.stack(entropies, 1), norms.unsqueeze(-1)
-        empty = norms == 0
-        return (H / norms.masked_fill(empty, 1)).masked_fill(empty, 0)
+        return _divide(torch.stack(entropies, 1), masks.sum((-2, -1)).unsqueeze(-1))
 
 
 def loss_and_gradient(
@@ -115,8 +108,8 @@ def loss_and_gradient(
         image, masks = _read(image, masks)
         K, C = masks.shape[1], image.shape[1]
         X = image.unsqueeze(1)
-        _, d = _blurred(image, masks, inpainter)
-        R, D = _subset_residuals(image, masks, inpainter)
+        n, d = _blurred(image, masks, inpainter)
+        R, D = _subset_residuals(image, n, d)
         inverse_D = torch.where(D == 0, 0, 1 / D)
         sign = R.sign() + 0 * R
         e = (sign * R).mean(2) * inverse_D
@@ -156,11 +149,16 @@ def _blurred(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor
     return inpainter.blur(image.unsqueeze(1) * masks.unsqueeze(2)), inpainter.blur(masks)
 
 
-def _subset_residuals(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
+def _subset_residuals(image: Tensor, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """R (B, 2^K, C, H, W) and D (B, 2^K, H, W) of every subset, the empty one first."""
-    n, d = _blurred(image, masks, inpainter)
     r = image.unsqueeze(1) * d.unsqueeze(2) - n
     return _subset_sums(r), _subset_sums(d)
+
+
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 with zero gradient where y is exactly 0: an empty mask or set. (A NaN is not 0, and stays.)"""
+    empty = y == 0
+    return (x / y.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
 def _subset_sums(x: Tensor) -> Tensor:
