@@ -242,3 +242,40 @@ def test_the_hinge_lets_go_at_the_margin():
         scene = train.Scene(reconstruction, masks, unused, unused, unused)
         loss, parts = train.losses(scene, image, "fine-tuning", config)
         torch.testing.assert_close(loss - parts["iio"], 10 * parts["mse"] * active, rtol=1e-5, atol=1e-5)
+
+
+def test_muon_moves_the_matrices_and_adam_the_rest():
+    config = train.resolve(train.Config(preset="smoke", device="cpu"))
+    model = train.build_model(config, (12, 12))
+    optimizer = train.Optimizer(model, config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(1e-2)
+    adam = {"slot_attention.mu", "slot_attention.log_sigma", "decoder.to_rgba.weight"}
+    adam |= {f"{part}.position.dense.weight" for part in ("encoder", "decoder")}
+    for name, p in model.named_parameters():
+        step = (p.detach() - before[name]).flatten(1) if p.ndim > 1 else p.detach() - before[name]
+        if p.ndim < 2 or name in adam:
+            assert torch.allclose(step.abs(), torch.full_like(step, 1e-2), rtol=1e-3), f"{name}: Adam's first step"
+        else:
+            # Newton and Schulz's five rounds leave singular values near 1; the rate is scaled by 0.2 sqrt(longer side).
+            singular = torch.linalg.svdvals(step) / (1e-2 * 0.2 * max(step.shape) ** 0.5)
+            assert singular.median() > 0.6, f"{name}: {singular}"
+            assert singular.max() < 1.5, f"{name}: {singular}"
+
+
+def test_adam_alone_is_torch_adam():
+    config = train.resolve(train.Config(preset="smoke", optimizer="adam", device="cpu"))
+    ours, theirs = (train.build_model(config, (12, 12)) for _ in range(2))
+    optimizer, adam = train.Optimizer(ours, config), torch.optim.Adam(theirs.parameters(), 1e-3, eps=1e-8, fused=True)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step(1e-3)
+        adam.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
