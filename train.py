@@ -639,12 +639,12 @@ class Run:
                     )
                 if logs:
                     values = {name: part.item() for name, part in parts.items()}
-                    self.metrics.log(first + step + 1, phase=phase, lr=rate, gradient_norm=norm.item(), **values)
+                    self.log(first + step + 1, phase, lr=rate, gradient_norm=norm.item(), **values)
                     shown |= values
                     bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
                 if (step + 1) % config.eval_every == 0 and not last:
                     scored = evaluate(model, self.source, self.unseen[:128], 1, config)
-                    self.metrics.log(first + step + 1, phase=phase, **{f"eval_{n}": scored[n] for n in SCORES})
+                    self.log(first + step + 1, phase, **{f"eval_{n}": scored[n] for n in SCORES})
                     shown |= {name: scored[name] for name in ("ari", "fg_ari")}
                     bar.write(
                         f"{phase} {step + 1:,}/{steps:,}  {self.seconds / 60:.1f} min  MSE {scored['mse']:.4f}  "
@@ -658,10 +658,13 @@ class Run:
 
         key = "before" if phase == "pre-training" else "after"
         self.results[key] = evaluate(model, self.source, self.unseen, config.eval_draws, config)
-        self.metrics.log(first + steps, phase=phase, **{f"{key}_{n}": v for n, v in self.results[key].items()})
+        self.log(first + steps, phase, **{f"{key}_{n}": value for n, value in self.results[key].items()})
         save_weights(self.folder / f"{key}.safetensors", model, config, self.results[key])
         self.save(number + 1, 0, None)
         self.step, self.optimizer_state = 0, None
+
+    def log(self, step: int, phase: str, **values: Any) -> None:
+        self.metrics.log(step, seconds=round(self.seconds, 1), phase=phase, **values)
 
     def save(self, phase: int, step: int, optimizer: Optimizer | None) -> None:
         save_checkpoint(self.folder, {
