@@ -61,9 +61,9 @@ class Config:
     """What follows the pre-training on the reconstruction error: nothing, or the IIO loss under a hinge that keeps the
     reconstruction error at --margin."""
     preset: Literal["auto", "paper", "quick", "smoke"] = "auto"
-    """paper: the published model and schedule (60,000 scenes, 50 + 5 epochs). quick: a narrower schedule and 3x3
-    convolutions, at most 20 minutes on two CPU cores. smoke: every phase within a minute, to test the program; it
-    learns nothing. auto: paper on a GPU, quick on a CPU."""
+    """paper: the published model and schedule (60,000 scenes, 50 + 5 epochs). quick: 3x3 convolutions, small batches
+    and Muon, at most 20 minutes on two CPU cores with bfloat16 products. smoke: every phase within a minute, to test
+    the program; it learns nothing. auto: paper on a GPU, quick on a CPU."""
 
     epochs: float | None = None
     """Passes over the training scenes in pre-training."""
@@ -95,7 +95,7 @@ class Config:
     batch_size: int | None = None
     """Scenes in a step."""
     optimizer: Literal["adam", "muon"] | None = None
-    """adam, as published; or muon: Muon for the weight matrices and convolutions, Adam for the rest, at one rate."""
+    """adam, as published; or muon: Muon for hidden matrices and convolutions, Adam for the rest, at one rate."""
     lr: float | None = None
     """Peak learning rate in pre-training."""
     half_life: int | None = None
@@ -145,7 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer="adam", lr=4e-4, fine_tune_lr=4e-4, warmup_steps=10_000, half_life=100_000, clip=0.0,
         margin=4e-4, hinge_scale=1e3,
     ),
-    # Small batches, 3x3 convolutions and Muon: the lowest error in the time. The loss and its hinge are the paper's.
+    # The lowest error in 20 minutes of what was tried (bench/README.md). The loss and its hinge are the paper's.
     "quick": dict(
         steps=5000, fine_tune_steps=4500, num_scenes=60_000, eval_scenes=320,
         channels=32, kernel_size=3, input_size=64, batch_size=16,
@@ -319,9 +319,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     try:
         # weights_only: a checkpoint is data, and one from a stranger cannot run code.
-        return torch.load(path, map_location=config.device, weights_only=True)
+        state = torch.load(path, map_location=config.device, weights_only=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError):
         raise UsageError(f"{path} is not a checkpoint of a run: it is damaged, or holds more than tensors") from None
+    if not state.keys() >= {"phase", "step", "seconds", "results", "optimizer", "model"} or (
+        state["optimizer"] is not None and "adam" not in state["optimizer"]
+    ):
+        raise UsageError(f"{path} was written by another version of train.py: continue the run with that version")
+    return state
 
 
 class Metrics:
@@ -367,51 +372,6 @@ def open_scenes(config: Config) -> Scenes:
             f"--eval-scenes {config.eval_scenes} take {needed:,}: lower them"
         )
     return source
-
-
-class Optimizer:
-    """Adam for all parameters; or Muon for those that are matrices, and Adam for the rest.
-
-    Muon (Jordan et al. 2024) replaces a matrix's averaged gradient by the nearest orthogonal matrix, so that directions
-    in which the gradient is small are learnt as fast as others; a convolution's weight is the matrix (out, k * k * in).
-    Each step is scaled to the size of one of Adam's (Liu et al. 2025), so both take the same learning rate.
-    """
-
-    def __init__(self, model: nn.Module, config: Config) -> None:
-        muon = [p for p in model.parameters() if config.optimizer == "muon" and self.is_matrix(p)]
-        adam = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
-        self.matrices = [(p, nn.Parameter(self.as_matrix(p.detach()))) for p in muon]
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(adam, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        }
-        if muon:
-            matrices = [matrix for _, matrix in self.matrices]
-            self.parts["muon"] = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    @staticmethod
-    def is_matrix(parameter: Tensor) -> bool:
-        """Not a vector, nor one of the maps from coordinates (4 columns) or to RGB and alpha (4 rows)."""
-        return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 4
-
-    @staticmethod
-    def as_matrix(tensor: Tensor) -> Tensor:
-        """A view (out, in), or (out, k * k * in) of a convolution's weight in channels-last memory order."""
-        return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).view(tensor.shape[0], -1)
-
-    def step(self, rate: float) -> None:
-        for parameter, matrix in self.matrices:
-            matrix.grad = self.as_matrix(parameter.grad)
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
 
 
 class Order:
@@ -469,6 +429,52 @@ def losses(scene: Scene, image: Tensor, phase: str, config: Config) -> tuple[Ten
     # The IIO loss alone would let go of the image: the hinge brings the error back whenever it leaves the margin.
     hinge = torch.where(error > config.margin, config.hinge_scale * error, 0.0)
     return iio + hinge, {"mse": error, "iio": iio}
+
+
+class Optimizer:
+    """Adam for all parameters; or Muon for the hidden matrices, and Adam for the rest.
+
+    Muon (Jordan et al. 2024) replaces a matrix's averaged gradient by roughly the nearest semi-orthogonal one, so that
+    directions in which the gradient is small are learnt as fast as others; it does so in bfloat16 always. A
+    convolution's weight is the matrix (out, k * k * in). Each step is scaled to the size of one of Adam's (Liu et al.
+    2025), so both take the same learning rate.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        muon = [p for p in model.parameters() if config.optimizer == "muon" and self.is_hidden_matrix(p)]
+        adam = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
+        self.matrices = [(p, nn.Parameter(self.as_matrix(p.detach()))) for p in muon]
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "adam": torch.optim.Adam(adam, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        }
+        if muon:
+            matrices = [matrix for _, matrix in self.matrices]
+            self.parts["muon"] = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @staticmethod
+    def is_hidden_matrix(parameter: Tensor) -> bool:
+        """More than 4 rows and columns: no vector, nor a map from the 4 coordinates, nor that to RGB and alpha."""
+        return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 4
+
+    @staticmethod
+    def as_matrix(tensor: Tensor) -> Tensor:
+        """A view (out, in), or (out, k * k * in) of a convolution's weight, which must be channels last."""
+        return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).view(tensor.shape[0], -1)
+
+    def step(self, rate: float) -> None:
+        for parameter, matrix in self.matrices:
+            matrix.grad = None if parameter.grad is None else self.as_matrix(parameter.grad)
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def learning_rate(step: int, peak: float, config: Config) -> float:
@@ -632,10 +638,13 @@ class Run:
                 logs = (step + 1) % config.log_every == 0 or last
                 saves = time.monotonic() - saved > config.checkpoint_every or last or interrupt is not None
                 if (logs or saves) and bad >= 0:
+                    checkpoint = self.folder / "checkpoint.pt"
+                    kept = f"The last good checkpoint is {checkpoint}, of step {good}" if checkpoint.exists() else (
+                        "No checkpoint is saved yet"
+                    )  # fmt: skip
                     raise Diverged(
-                        f"the loss is no longer a number at step {bad.item() + 1} of {phase}. The last good "
-                        f"checkpoint is of step {good}: {resume_command(self.folder)} continues from it; a smaller "
-                        f"--lr or a --clip of 1 may help a new run"
+                        f"the loss is no longer a number at step {bad.item() + 1} of {phase}. {kept}; continued from "
+                        f"there the same would happen again: start anew with a smaller --lr, or with --clip 1"
                     )
                 if logs:
                     values = {name: part.item() for name, part in parts.items()}
@@ -658,9 +667,9 @@ class Run:
 
         key = "before" if phase == "pre-training" else "after"
         self.results[key] = evaluate(model, self.source, self.unseen, config.eval_draws, config)
-        self.log(first + steps, phase, **{f"{key}_{n}": value for n, value in self.results[key].items()})
         save_weights(self.folder / f"{key}.safetensors", model, config, self.results[key])
         self.save(number + 1, 0, None)
+        self.log(first + steps, phase, **{f"{key}_{n}": value for n, value in self.results[key].items()})
         self.step, self.optimizer_state = 0, None
 
     def log(self, step: int, phase: str, **values: Any) -> None:
@@ -683,12 +692,14 @@ def restore(model: SlotAttentionAutoEncoder, tensors: dict[str, Tensor], path: P
 def greeting(config: Config, phases: dict[str, int], done: int, model: SlotAttentionAutoEncoder, source: Scenes) -> str:
     """What will run, and how long it should take: from three steps timed on a copy of the model."""
     trial, times = copy.deepcopy(model), {}
+    optimizer = Optimizer(trial, config)
     pixels, _ = source.batch(torch.arange(config.batch_size) % config.num_scenes, device=config.device)
     for phase in phases:
         for _ in range(3):
             begun = time.monotonic()
             loss, _ = losses(*apply_model(trial, pixels, config, 0), phase, config)
             loss.backward()
+            optimizer.step(0.0)
             loss.item()
             times[phase] = time.monotonic() - begun
     total = sum(phases.values())
