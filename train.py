@@ -58,8 +58,8 @@ class Config:
     data: Path | None = None
     """A file of the data set: DeepMind's .tfrecords as published, or .npz with `image` and `mask`."""
     fine_tune: Literal["none", "iio"] = "none"
-    """What follows the pre-training on the reconstruction error: nothing, or the IIO loss under a hinge that keeps the
-    reconstruction error at --margin."""
+    """What follows the pre-training on the reconstruction error: nothing, or the IIO loss plus --hinge-scale times the
+    reconstruction error while that is over --margin."""
     preset: Literal["auto", "paper", "quick", "smoke"] = "auto"
     """paper: the published model and schedule (60,000 scenes, 50 + 5 epochs). quick: 3x3 convolutions, small batches
     and Muon, at most 20 minutes on two CPU cores with bfloat16 products. smoke: every phase within a minute, to test
@@ -113,7 +113,7 @@ class Config:
     """Factor on the reconstruction error in fine-tuning while it is over the margin."""
 
     seed: int = 0
-    """Of the generated scenes, the order of the scenes, the initial weights and the initial slots."""
+    """Of the order of the scenes, the initial weights and the initial slots. The scenes are the same for every seed."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -667,6 +667,7 @@ class Run:
 
         key = "before" if phase == "pre-training" else "after"
         self.results[key] = evaluate(model, self.source, self.unseen, config.eval_draws, config)
+        print(f"{phase} done after {self.seconds / 60:.1f} min\n{table({key: self.results[key]}, config)}", flush=True)
         save_weights(self.folder / f"{key}.safetensors", model, config, self.results[key])
         self.save(number + 1, 0, None)
         self.log(first + steps, phase, **{f"{key}_{n}": value for n, value in self.results[key].items()})
@@ -704,10 +705,10 @@ def greeting(config: Config, phases: dict[str, int], done: int, model: SlotAtten
             times[phase] = time.monotonic() - begun
     total = sum(phases.values())
     minutes = sum(times[phase] * steps for phase, steps in phases.items()) * (1 - done / max(1, total)) / 60
-    length = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    length = "a minute" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     plan = ", then ".join(f"{steps:,} steps of {phase}" for phase, steps in phases.items())
     where = f"from step {done:,} " if done else ""
-    return f"Preset {config.preset} on {config.device}, {config.precision}: {plan}, {where}about {length} in all."
+    return f"Preset {config.preset} on {config.device}, {config.precision}: {plan}; {where}about {length}."
 
 
 def versions() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from iio_kernels.ops.inpainting import (
     inpaint,
     interaction_information,
 )
-from iio_kernels.ops.slot_attention import SlotAttentionFunction, slot_attention
+from iio_kernels.ops.slot_attention import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
 
 __all__ = [
     "IIOLossFunction",
@@ -21,4 +21,5 @@ __all__ = [
     "inpaint",
     "interaction_information",
     "slot_attention",
+    "slot_attention_from_inputs",
 ]

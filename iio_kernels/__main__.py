@@ -5,6 +5,7 @@ import platform
 import torch
 
 import iio_kernels
+from iio_kernels import _build
 
 
 def report() -> str:
@@ -18,6 +19,13 @@ def report() -> str:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda": ", ".join(devices) or "no device",
     }
+    try:
+        compiler = _build.find_compiler()
+        facts["compiler"] = f"{compiler}: {_build.compiler_version(compiler)}"
+    except _build.BuildError as error:
+        facts["compiler"] = str(error)
+    facts["cache"] = str(_build.cache_folder())
+    facts["instruction set"] = _build.instruction_set() or "kernels not loaded"
     facts |= {f"backend {name}": reason or "available" for name, reason in iio_kernels.backends().items()}
     return "\n".join(f"{name:20}{value}" for name, value in facts.items())
 

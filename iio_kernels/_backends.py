@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from iio_kernels import _build
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -35,6 +37,7 @@ class Backend:
 
 #: In order of preference: "auto" takes the first that serves the tensors' device.
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(device_types=("cpu",), missing=_build.missing),
     "reference": Backend(device_types=None, missing=lambda: None),
 }
 
@@ -43,7 +46,7 @@ def backends() -> dict[str, str | None]:
     """The backends of this package: for each name None where it can be used here, otherwise why it cannot.
 
     >>> iio_kernels.backends()
-    {'reference': None}
+    {'cpu': None, 'reference': None}
     """
     return {name: backend.missing() for name, backend in BACKENDS.items()}
 

@@ -47,6 +47,19 @@ def mask(name: str, value: object, shape: Sequence[int], layout: str) -> Tensor:
     return value.expand(tuple(shape))
 
 
+def broadcasts(name: str, value: Tensor, batch: Sequence[int], last: Sequence[int], to: str) -> None:
+    """Check that `value` ends in the dimensions `last`, and that those before broadcast to `batch`."""
+    leading = value.shape[: value.dim() - len(last)]
+    fits = len(leading) <= len(batch) and all(
+        have in (1, want) for have, want in zip(reversed(leading), reversed(batch), strict=False)
+    )
+    if not fits or tuple(value.shape[value.dim() - len(last) :]) != tuple(last):
+        raise ValueError(
+            f"{name}: expected shape {tuple(last)} to match {to}, after dimensions that broadcast to {tuple(batch)}, "
+            f"got {tuple(value.shape)}"
+        )
+
+
 def same_device(**tensors: Tensor | None) -> torch.device:
     """Check that all tensors lie on one device, and return it."""
     given = {name: value for name, value in tensors.items() if value is not None}

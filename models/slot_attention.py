@@ -99,13 +99,12 @@ class SlotAttention(nn.Module):
         return self.mu + self.log_sigma.exp() * noise
 
     def forward(self, inputs: Tensor, slots: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        x, scale = self.norm_inputs(inputs), self.to_k.out_features**-0.5
+        x = self.norm_inputs(inputs)
         for _ in range(iterations):
-            # With k = x Wk^T and v = x Wv^T: <k, q> = <x, q Wk>, and as the weights of each slot sum to 1, the mean
-            # of v is (the mean of x) Wv^T. So keys and values are never made: every round reads only x.
-            q = self.to_q(self.norm_slots(slots)) @ self.to_k.weight
-            means, attention = iio_kernels.slot_attention(q, x, x, scale=scale, return_attention=True)
-            updates = self.to_v(means)
+            updates, attention = iio_kernels.slot_attention_from_inputs(
+                x, self.to_q(self.norm_slots(slots)), self.to_k.weight, None, self.to_v.weight, None,
+                return_attention=True,
+            )  # fmt: skip
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, attention

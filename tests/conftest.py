@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 # Before CUDA starts: deterministic algorithms, below, need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -18,7 +20,25 @@ from iio_kernels.ops import inpainting, slot_attention
 # no user needs them there. Registered as one, they meet every test, and so does the way all are called.
 BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)
 for op in (inpainting, slot_attention):
-    sys.modules[f"{op.__name__}.written_out"] = op.reference
+    written_out = ModuleType(f"{op.__name__}.written_out")
+    written_out.__dict__.update({name: x for name, x in vars(op.reference).items() if not name.startswith("__")})
+    sys.modules[written_out.__name__] = written_out
+
+
+def gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The gradients of one of the reference's functions to image and masks, in a backend's calling convention."""
+
+    def backward(grad, image, masks, inpainter, *needs):
+        with torch.enable_grad():
+            leaves = [x.detach().to(grad.dtype).requires_grad_() for x in (image, masks)]
+            return torch.autograd.grad(function(*leaves, inpainter), leaves, grad)
+
+    return backward
+
+
+for name in ("conditional_entropies", "inpaint"):
+    function = getattr(inpainting.reference, name)
+    setattr(sys.modules[f"{inpainting.__name__}.written_out"], f"{name}_backward", gradients(function))
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SERVING = [

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iio_kernels import conditional_entropies, iio_loss, inpaint, interaction_information, slot_attention
+from iio_kernels import (
+    conditional_entropies,
+    iio_loss,
+    inpaint,
+    interaction_information,
+    slot_attention,
+    slot_attention_from_inputs,
+)
 
 LOSSES = (iio_loss, conditional_entropies, interaction_information)
 
@@ -18,6 +25,12 @@ def images(B=2, C=3, K=4, H=12, W=13, **changes) -> dict[str, object]:
 def slots(batch=(2,), K=4, N=5, Dk=6, Dv=7, **changes) -> dict[str, object]:
     q, k, v = torch.rand(*batch, K, Dk), torch.rand(*batch, N, Dk), torch.rand(*batch, N, Dv)
     return {"q": q, "k": k, "v": v, **changes}
+
+
+def projected(**changes) -> dict[str, object]:
+    """Arguments of `slot_attention_from_inputs`: two images, 4 slots 6 wide, 5 inputs 8 wide, values 7 wide."""
+    shapes = {"x": (2, 5, 8), "q": (2, 4, 6), "wk": (6, 8), "bk": (6,), "wv": (7, 8), "bv": (7,)}
+    return {**{name: torch.rand(shape) for name, shape in shapes.items()}, **changes}
 
 
 def on_meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,6 +94,7 @@ MANY_MASKS = [
         ValueError,
         ["masks", "at most 12", "'reference'", "13", "2**13 subsets", "0.0381 GiB"],
     ),
+    (images(K=17, backend="cpu"), ValueError, ["masks", "at most 16", "'cpu'", "17", "2**17 subsets", "sums"]),
     (
         images(K=3000, backend="reference"),
         ValueError,
@@ -145,12 +159,31 @@ ATTENTION = [
     (slots(return_attention=None), TypeError, ["return_attention", "bool", "None"]),
     (slots(backend="fastest"), ValueError, ["backend", "'auto'", "'reference'", "'fastest'"]),
 ]
+FROM_INPUTS = [
+    (projected(x=None), TypeError, ["x", "torch.Tensor (..., N, Dx)", "NoneType"]),
+    (projected(wk=torch.ones(6, 8, dtype=torch.int64)), TypeError, ["wk", "float32", "torch.int64"]),
+    (projected(bk=1.0), TypeError, ["bk", "torch.Tensor (..., D)", "float"]),
+    (projected(x=torch.rand(8)), ValueError, ["x", "(..., N, Dx)", "(8,)"]),
+    (projected(x=torch.rand(3, 5, 8)), ValueError, ["x", "(5, 8)", "q", "(2,)", "(3, 5, 8)"]),
+    (projected(x=torch.rand(2, 5, 0)), ValueError, ["x", "at least one feature", "(2, 5, 0)"]),
+    (projected(q=torch.rand(2, 0, 6)), ValueError, ["q", "at least one slot", "(2, 0, 6)"]),
+    (projected(wk=torch.rand(8, 6)), ValueError, ["wk", "(6, 8)", "q and x", "(8, 6)"]),
+    (projected(wk=torch.rand(3, 6, 8)), ValueError, ["wk", "(6, 8)", "(2,)", "(3, 6, 8)"]),
+    (projected(wv=torch.rand(7, 6)), ValueError, ["wv", "(7, 8)", "q and x", "(7, 6)"]),
+    (projected(bk=torch.rand(7)), ValueError, ["bk", "(6,)", "its weight", "(7,)"]),
+    (projected(bv=torch.rand(6)), ValueError, ["bv", "(7,)", "its weight", "(6,)"]),
+    (projected(bv=torch.rand(3, 7)), ValueError, ["bv", "(7,)", "(2,)", "(3, 7)"]),
+    (projected(bv=on_meta((7,))), ValueError, ["bv", "device of x, cpu", "meta"]),
+    (projected(input_mask=MASK), ValueError, ["input_mask", "(..., N) = (2, 5)", "(2, 4)"]),
+    (projected(eps_in="numerator"), ValueError, ["eps_in", "'weights', 'denominator'", "'numerator'"]),
+]
 TABLE = [
     *((function, *row) for row in INPAINTING for function in (*LOSSES, inpaint)),
     *((function, *row) for row in MANY_MASKS for function in LOSSES),
     *((iio_loss, *row) for row in LOSS),
     (inpaint, images(K=0), ValueError, ["masks", "at least 1", "0"]),
     *((slot_attention, *row) for row in ATTENTION),
+    *((slot_attention_from_inputs, *row) for row in FROM_INPUTS),
 ]
 
 

@@ -660,7 +660,7 @@ def test_true_masks_are_the_best_of_all(backend, device):
 
 
 def test_bytes_and_flops_of_tetrominoes():
-    case = BENCHMARKS[0]
+    case = BENCHMARKS["cpu"][0]
     assert case.bytes_moved(torch.float32) == 64 * 4 * ((3 + 4) * 35 * 35 + 1)
     assert case.bytes_moved(torch.bfloat16, backward=True) == 64 * (2 * 2 * (3 + 4) * 35 * 35 + 4)
     # 16 planes by 2 axes, 2 passes and 11 taps; 14 subsets.

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iio_kernels import SlotAttentionFunction, slot_attention
-from iio_kernels.ops.slot_attention import reference
+from iio_kernels import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
 from iio_kernels.ops.slot_attention.reference import Options
 from iio_kernels.ops.slot_attention.spec import BENCHMARKS, CASES, Case, allowed_error
 
@@ -164,6 +163,96 @@ def test_gradients_of_some_inputs(wanted, backend, device):
             torch.testing.assert_close(leaf.grad, everything[i])
         else:
             assert leaf.grad is None
+
+
+# --- from inputs ----------------------------------------------------------------------------------------------
+
+
+def from_inputs(case, device, biases=True, joint_heads=False):
+    """x, q, wk, bk, wv, bv and the options of a case, keys and values projected from inputs 6 wide."""
+    (q, _, _), options = case.make(device=device)
+    random = torch.Generator().manual_seed(4)
+    heads = (case.batch[-1],) if joint_heads else ()
+    shapes = [(*case.batch, case.N, 6), q.shape, (*heads, case.Dk, 6), (*heads, case.Dk), (*heads, case.Dv, 6)]
+    shapes.append((*heads, case.Dv))
+    x, _, wk, bk, wv, bv = (torch.randn(shape, generator=random, dtype=q.dtype).to(device) for shape in shapes)
+    return (x, q, wk, bk if biases else None, wv, bv if biases else None), options
+
+
+def check_from_inputs(tensors, options, backend):
+    """Outputs and all gradients against keys and values projected first."""
+
+    def projected(x, q, wk, bk, wv, bv, **options):
+        k, v = x @ wk.mT, x @ wv.mT
+        k, v = k if bk is None else k + bk.unsqueeze(-2), v if bv is None else v + bv.unsqueeze(-2)
+        k, v = (y.expand(*q.shape[:-2], *y.shape[-2:]) for y in (k, v))
+        return literal.slot_attention(q, k, v, **options)
+
+    got, expected = [], []
+    for found, function in ((got, slot_attention_from_inputs), (expected, projected)):
+        leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+        own = {"backend": backend, "return_attention": True} if found is got else {}
+        U, A = function(*leaves, **options, **own)
+        random = torch.Generator().manual_seed(5)
+        incoming = [torch.randn(x.shape, generator=random).to(x) for x in (U, A)]
+        given = [x for x in leaves if x is not None]
+        pairs = [(x, g) for x, g in zip((U, A), incoming, strict=True) if x.requires_grad]
+        gradients = [torch.zeros_like(x) for x in given]
+        if pairs:
+            gradients = torch.autograd.grad(
+                [x for x, _ in pairs], given, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+            )
+        found += [U.detach(), A.detach(), *gradients]
+    for x, y in zip(got, expected, strict=True):
+        scale = max(y.abs().max().item(), 1) if y.numel() else 1
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-11 * scale)
+
+
+@each_case
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_from_inputs_equals_projecting_first(case, biases, backend, device):
+    check_from_inputs(*from_inputs(case, device, biases), backend)
+
+
+def test_from_inputs_with_heads_of_one_input(backend, device):
+    """x without a head dimension of its own, a weight for each head."""
+    case = Case("heads", batch=(2, 3), N=13)
+    for joint_heads in (False, True):
+        (x, *others), options = from_inputs(case, device, joint_heads=True)
+        check_from_inputs((x[:, :1], *others), {**options, "joint_heads": joint_heads}, backend)
+
+
+def test_from_inputs_never_reads_what_is_masked(backend, device):
+    tensors, options = from_inputs(case_named("both masks"), device)
+    filled = [x.clone() for x in tensors]
+    filled[0][~options["input_mask"]] = float("nan")
+    filled[1][~options["slot_mask"]] = float("nan")
+    results = []
+    for inputs in (tensors, filled):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        U = slot_attention_from_inputs(*leaves, backend=backend, **options)
+        results.append((U.detach(), *torch.autograd.grad(U.square().sum(), leaves)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_from_inputs_scales_by_the_projected_width(backend, device):
+    tensors, _ = from_inputs(Case("scale", Dk=9), device)
+    torch.testing.assert_close(
+        slot_attention_from_inputs(*tensors, backend=backend),
+        slot_attention_from_inputs(*tensors, scale=1 / 3, backend=backend),
+    )
+
+
+def test_from_inputs_keeps_dtypes(backend, device):
+    tensors, _ = from_inputs(Case("dtypes"), device)
+    for dtype in DTYPES:
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        U, A = slot_attention_from_inputs(*leaves, return_attention=True, backend=backend)
+        assert U.dtype == A.dtype == dtype
+        assert [x.dtype for x in torch.autograd.grad(U.sum(), leaves)] == [dtype] * 6
+        exact = slot_attention_from_inputs(*(x.detach().double() for x in leaves), backend="reference")
+        assert (U.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 # --- symmetry -----------------------------------------------------------------------------------------------
@@ -489,7 +578,12 @@ def test_function_is_what_the_public_call_runs(any_device):
     """`SlotAttentionFunction` by itself, with the reference's kernels."""
     tensors, _ = Case("function").make(device=any_device)
     options = Options(scale=0.25, eps=1e-8, eps_in="weights", normalize="mean", joint_heads=False)
-    got = results(lambda q, k, v: SlotAttentionFunction.apply(q, k, v, None, None, options, "reference"), tensors)
+
+    def function(q, k, v):
+        U, _, A = SlotAttentionFunction.apply(q, k, v, None, None, None, options, True, "reference")
+        return U, A
+
+    got = results(function, tensors)
     assert_all_close(got, run(tensors, "reference"))
 
 
@@ -580,16 +674,9 @@ def test_any_shape(backend, device):
 
 
 def test_bytes_and_flops_of_tetrominoes():
-    case = BENCHMARKS[0]
+    case = BENCHMARKS["cpu"][0]
     # 64 images: 4 queries, 1225 keys and 1225 values of 64 numbers in, 4 updates out.
     assert case.bytes_moved(torch.float32) == 64 * 4 * 64 * (4 + 1225 + 1225 + 4)
     assert case.bytes_moved(torch.bfloat16, backward=True) == 64 * 2 * 64 * (2 * (4 + 1225 + 1225) + 4)
     assert case.flops() == 2 * 64 * 1225 * 4 * (64 + 64)
     assert case.flops(backward=True) == 2 * 64 * 1225 * 4 * 5 * 64
-
-
-def test_reference_pair_has_the_options_of_the_public_function():
-    tensors, _ = Case("pair").make()
-    options = Options(scale=0.25, eps=1e-8, eps_in="weights", normalize="mean", joint_heads=False)
-    for x, y in zip(reference.forward(*tensors, None, None, options), run(tensors, "reference")[:2], strict=True):
-        assert torch.equal(x, y)

@@ -28,7 +28,7 @@ _SHARED = {
     travels into result and gradients, and no call waits for the device.""",
     "raises": """Raises:
         TypeError: image or masks is not a floating-point tensor, or an option has the wrong type.
-        ValueError: shapes, devices or options do not fit, or K is over the backend's limit (reference: 12).
+        ValueError: shapes, devices or options do not fit, or K is over the backend's limit (cpu: 16, reference: 12).
         RuntimeError: the backend asked for by name cannot be used on this machine.""",
 }
 
@@ -98,7 +98,7 @@ def iio_loss(
     if name == "reference":
         losses = -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
     else:
-        losses = IIOLossFunction.apply(image, masks, inpainter, name)
+        losses = IIOLossFunction.apply(*_inputs(image, masks), inpainter, name)
     if terms == "mean":
         losses = losses / (2 ** (masks.shape[1] - 1) - 1)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
@@ -143,7 +143,9 @@ def conditional_entropies(
     """
     inpainter = Inpainter(sigma, kernel_size, repeats, eps)
     name = _check(image, masks, inpainter, backend, min_masks=2)
-    return _backends.implementation("inpainting", name).conditional_entropies(image, masks, inpainter)
+    if name == "reference":
+        return reference.conditional_entropies(image, masks, inpainter)
+    return ConditionalEntropiesFunction.apply(*_inputs(image, masks), inpainter, name)
 
 
 @_documented
@@ -231,7 +233,14 @@ def inpaint(
     """
     inpainter = Inpainter(sigma, kernel_size, repeats, eps)
     name = _check(image, masks, inpainter, backend, min_masks=1, enumerates=False)
-    return _backends.implementation("inpainting", name).inpaint(image, masks, inpainter)
+    if name == "reference":
+        return reference.inpaint(image, masks, inpainter)
+    return InpaintFunction.apply(*_inputs(image, masks), inpainter, name)
+
+
+def _inputs(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """What the Functions are called on: where no gradient is recorded, none is computed either."""
+    return (image, masks) if torch.is_grad_enabled() else (image.detach(), masks.detach())
 
 
 class IIOLossFunction(torch.autograd.Function):
@@ -245,9 +254,7 @@ class IIOLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
         kernels = _backends.implementation("inpainting", backend)
-        losses, dimage, dmasks = kernels.loss_and_gradient(
-            image, masks, inpainter, needs_image_gradient=ctx.needs_input_grad[0]
-        )
+        losses, dimage, dmasks = kernels.loss_and_gradient(image, masks, inpainter, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(dimage, dmasks)
         ctx.dtypes = image.dtype, masks.dtype
         return losses
@@ -255,14 +262,55 @@ class IIOLossFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dimage, dmasks = ctx.saved_tensors
         grad = grad[:, None, None, None]
-        return (
-            (grad * dimage).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
-            (grad * dmasks).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+        scaled = tuple(None if x is None else grad * x for x in _needed(ctx, *ctx.saved_tensors))
+        return *_stored(ctx.dtypes, scaled), None, None
+
+
+class ConditionalEntropiesFunction(torch.autograd.Function):
+    """The autograd Function under `conditional_entropies`, as `IIOLossFunction` is under `iio_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
+        ctx.save_for_backward(image, masks)
+        ctx.inpainter, ctx.backend = inpainter, backend
+        return _backends.implementation("inpainting", backend).conditional_entropies(image, masks, inpainter)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, masks = ctx.saved_tensors
+        kernels = _backends.implementation("inpainting", ctx.backend)
+        gradients = kernels.conditional_entropies_backward(grad, image, masks, ctx.inpainter, ctx.needs_input_grad[0])
+        return *_stored((image.dtype, masks.dtype), _needed(ctx, *gradients)), None, None
+
+
+class InpaintFunction(torch.autograd.Function):
+    """The autograd Function under `inpaint`, as `IIOLossFunction` is under `iio_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
+        ctx.save_for_backward(image, masks)
+        ctx.inpainter, ctx.backend = inpainter, backend
+        return _backends.implementation("inpainting", backend).inpaint(image, masks, inpainter)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, masks = ctx.saved_tensors
+        kernels = _backends.implementation("inpainting", ctx.backend)
+        gradients = kernels.inpaint_backward(grad, image, masks, ctx.inpainter)
+        return *_stored((image.dtype, masks.dtype), _needed(ctx, *gradients)), None, None
+
+
+def _needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients to image and masks, None in place of one that nobody needs."""
+    return tuple(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+
+
+def _stored(dtypes: tuple[torch.dtype, torch.dtype], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Each gradient in its input's dtype."""
+    return tuple(None if x is None else x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
 
 
 def _check(
@@ -300,9 +348,10 @@ def _check(
     name = _backends.choose(backend, _checks.same_device(image=image, masks=masks))
     limit = _backends.implementation("inpainting", name).MAX_MASKS
     if enumerates and limit < K:
-        gibibytes = (C + 1) * B * H * W * 2.0 ** min(K + 2 - 30, 1000)
+        gibibytes, visits = ((C + 1) * B * H * W * 2.0 ** min(K - shift, 1000) for shift in (28, 0))
+        cost = f"{gibibytes:.3g} GiB in float32, several times over" if name == "reference" else f"{visits:.3g} sums"
         raise ValueError(
-            f"masks: expected at most {limit} masks for backend {name!r}, got {K}: their 2**{K} subsets "
-            f"would take about {gibibytes:.3g} GiB in float32, several times over"
+            f"masks: expected at most {limit} masks for backend {name!r}, got {K}: their 2**{K} subsets would take "
+            f"about {cost}"
         )
     return name

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from iio_kernels._autograd import without_autocast
+from iio_kernels._numerics import arithmetic_dtype, divide
 
 #: Every subset's planes are held at once here, 2^K of them, so K is limited.
 MAX_MASKS = 12
@@ -73,7 +74,7 @@ def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     with without_autocast(image.device):
         image, masks = _read(image, masks)
         n, d = _blurred(image, masks, inpainter)
-        return _divide(n, d.unsqueeze(2))
+        return divide(n, d.unsqueeze(2))
 
 
 def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
@@ -81,19 +82,23 @@ def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) ->
     with without_autocast(image.device):
         image, masks = _read(image, masks)
         R, D = _subset_residuals(image, *_blurred(image, masks, inpainter))
-        e = _divide(R.abs().mean(2), D)
+        e = divide(R.abs().mean(2), D)
         # The gradient of |NaN| is 0 in PyTorch. That of this sum is 1 + 0 * e: a NaN reaches the image's too.
         e = e + 0 * e * e
         # For every centre m and every set; those that hold m itself are then left out.
         dots = torch.einsum("bkhw,bshw->bks", masks, e)
         entropies = [_without(dots[:, m], m)[:, 1:] for m in range(masks.shape[1])]
-        return _divide(torch.stack(entropies, 1), masks.sum((-2, -1)).unsqueeze(-1))
+        return divide(torch.stack(entropies, 1), masks.sum((-2, -1)).unsqueeze(-1))
 
 
 def loss_and_gradient(
-    image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Each image's loss (B,) and its gradients to image and masks, in the arithmetic's dtype.
+    image: Tensor,
+    masks: Tensor,
+    inpainter: Inpainter,
+    needs_image_gradient: bool = True,
+    needs_masks_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each image's loss (B,) and its gradients to image and masks, in the arithmetic's dtype; empty if not needed.
 
     With g_m = m / ||m||_1, w_S = sum_{m not in S} g_m, T_m = sum_{S without m} e_S and sign(0) = 0:
 
@@ -128,13 +133,18 @@ def loss_and_gradient(
         dd = torch.stack([_with(toward_D, i).sum(1) for i in range(K)], 1) + (X * dr).sum(2)
         blurred_dr = inpainter.blur(dr)
         dm = inpainter.blur(dd) - (X * blurred_dr).sum(2) + (T - entropies) * inverse_norms
-        dX = (d.unsqueeze(2) * dr - masks.unsqueeze(2) * blurred_dr).sum(1) if needs_image_gradient else None
-        return -entropies.sum((1, 2, 3)), None if dX is None else -dX, -dm
+        dX = (d.unsqueeze(2) * dr - masks.unsqueeze(2) * blurred_dr).sum(1)
+        nothing = dm.new_empty(0)
+        return (
+            -entropies.sum((1, 2, 3)),
+            -dX if needs_image_gradient else nothing,
+            -dm if needs_masks_gradient else nothing,
+        )
 
 
 def _read(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the arithmetic."""
-    dtype = torch.promote_types(torch.promote_types(image.dtype, masks.dtype), torch.float32)
+    dtype = arithmetic_dtype(image, masks)
     masks = masks.to(dtype)
     # Rounded to 0, not cut off: a mask's gradient where it is 0 says whether the pixel should join it.
     return image.to(dtype), masks + (without_negligible(masks) - masks).detach()
@@ -153,12 +163,6 @@ def _subset_residuals(image: Tensor, n: Tensor, d: Tensor) -> tuple[Tensor, Tens
     """R (B, 2^K, C, H, W) and D (B, 2^K, H, W) of every subset, the empty one first."""
     r = image.unsqueeze(1) * d.unsqueeze(2) - n
     return _subset_sums(r), _subset_sums(d)
-
-
-def _divide(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and 0 with zero gradient where y is exactly 0: an empty mask or set. (A NaN is not 0, and stays.)"""
-    empty = y == 0
-    return (x / y.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
 def _subset_sums(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from iio_kernels import _backends, _checks
-from iio_kernels._autograd import differentiable_once
+from iio_kernels._autograd import differentiable_once, without_autocast
+from iio_kernels._numerics import arithmetic_dtype, divide
 from iio_kernels.ops.slot_attention import reference
 from iio_kernels.ops.slot_attention.reference import Options
 
@@ -93,18 +94,121 @@ def slot_attention(
     if name == "reference":
         U, A = reference.slot_attention(q, k, v, slot_mask, input_mask, options)
     else:
-        if v is k:
-            v = v.view_as(v)  # torch.compile traces no Function that is given one tensor twice
-        U, A = SlotAttentionFunction.apply(q, k, v, slot_mask, input_mask, options, name)
+        values = None if v is k else v
+        U, _, A = SlotAttentionFunction.apply(
+            q, k, values, None, slot_mask, input_mask, options, return_attention, name
+        )  # fmt: skip
+        U = U.to(v.dtype)
     return (U, A) if return_attention else U
+
+
+@overload
+def slot_attention_from_inputs(
+    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *,
+    return_attention: Literal[False] = ..., **options: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def slot_attention_from_inputs(
+    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *,
+    return_attention: Literal[True], **options: Any,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def slot_attention_from_inputs(
+    x: Tensor,
+    q: Tensor,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    eps_in: str = "weights",
+    normalize: str = "mean",
+    joint_heads: bool = False,
+    slot_mask: Tensor | None = None,
+    input_mask: Tensor | None = None,
+    return_attention: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`slot_attention(q, x @ wk.mT + bk, x @ wv.mT + bv, ...)`, without ever making keys or values.
+
+        L[n, s] = scale * (<x[n], wk^T q[s]> + <bk, q[s]>)
+        U[s]    = wv sum_n W[n, s] x[n] + (sum_n W[n, s]) bv
+
+    Two products with all N inputs become two with the K slots, and an iteration reads x alone: 32 numbers an input on
+    Tetrominoes instead of 64 + 64.
+
+    Args:
+        x: inputs, `(..., N, Dx)`. Its leading dimensions broadcast to q's. Any strides.
+        q: slots' queries, `(..., K, Dk)`. All leading dimensions are batch.
+        wk: weight of the keys, `(Dk, Dx)` as in `torch.nn.Linear`; leading dimensions broadcast to q's.
+        bk: bias of the keys, `(Dk,)`, leading dimensions alike; or None.
+        wv: weight of the values, `(Dv, Dx)`, leading dimensions alike.
+        bv: bias of the values, `(Dv,)`, leading dimensions alike; or None.
+        scale: factor on the logits, by default `Dk ** -0.5` of the projected width.
+        eps, eps_in, normalize, joint_heads, slot_mask, input_mask, return_attention, backend: as in `slot_attention`.
+            For H heads of one x pass `x.unsqueeze(-3)`, q `(..., H, K, Dk)` and weights `(H, Dk, Dx)`.
+
+    Returns:
+        U `(..., K, Dv)`; with `return_attention` the pair U, A, with A `(..., K, N)`. Both have x's dtype, each
+        gradient its input's; arithmetic is at least float32. Gradients go to x, q, weights and biases.
+
+    Edge cases: those of `slot_attention`. A slot whose normaliser is exactly 0 has U = 0, bv included.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `slot_attention`.
+
+    Complexity: O(B K (Dk + Dv) Dx + B N K Dx) operations; the least traffic is x read once forward and once backward,
+    and its gradient written once.
+
+    Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", equations 1 to 3, reassociated.
+
+    Example:
+        >>> x, q, wk, wv = torch.randn(8, 1225, 32), torch.randn(8, 4, 64), torch.randn(64, 32), torch.randn(64, 32)
+        >>> slot_attention_from_inputs(x, q, wk, None, wv, None).shape
+        torch.Size([8, 4, 64])
+    """
+    slot_mask, input_mask = _check_from_inputs(x, q, wk, bk, wv, bv, joint_heads, slot_mask, input_mask)
+    _checks.flag("return_attention", return_attention)
+    options = _options(q, scale, eps, eps_in, normalize, joint_heads)
+    device = _checks.same_device(x=x, q=q, wk=wk, bk=bk, wv=wv, bv=bv, slot_mask=slot_mask, input_mask=input_mask)
+    name = _backends.choose(backend, device)
+    if name == "reference":
+        U, A = reference.slot_attention_from_inputs(x, q, wk, bk, wv, bv, slot_mask, input_mask, options)
+        return (U, A) if return_attention else U
+    with without_autocast(device):
+        dtype = arithmetic_dtype(x, q, wk, wv)
+        queries = q.to(dtype)
+        if slot_mask is not None:
+            queries = queries.masked_fill(~slot_mask.unsqueeze(-1), 0)
+        logit_bias = None if bk is None else options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
+        inputs = x.expand(*q.shape[:-2], *x.shape[-2:])
+        U, S, A = SlotAttentionFunction.apply(
+            queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, name
+        )
+        U = U @ wv.to(dtype).mT
+        if bv is not None:
+            U = U + _sum_of_weights(S, options).unsqueeze(-1) * bv.to(dtype).unsqueeze(-2)
+        return (U.to(x.dtype), A) if return_attention else U.to(x.dtype)
+
+
+def _sum_of_weights(S: Tensor, options: Options) -> Tensor:
+    """sum_n W[n, s] from the normaliser."""
+    if options.normalize == "sum":
+        return S
+    if options.eps_in == "denominator":
+        return divide(S - options.eps, S)
+    return torch.where(S == 0, 0.0, 1.0).to(S.dtype)
 
 
 class SlotAttentionFunction(torch.autograd.Function):
     """The autograd Function under `slot_attention`: one backend's `forward` and `backward`, A recomputed between.
 
-    `SlotAttentionFunction.apply(q, k, v, slot_mask, input_mask, options, backend)` returns U and A; the masks are
-    None or already expanded to `(..., K)` and `(..., N)`, `options` is a complete `Options`. It checks nothing:
-    call `slot_attention`. It differentiates once; for second derivatives call `slot_attention` with
+    `SlotAttentionFunction.apply(q, k, v, logit_bias, slot_mask, input_mask, options, return_attention, backend)`
+    returns U, the normaliser S `(..., K)`, both in the arithmetic's dtype and differentiable, and A or None. v = None:
+    the keys are the values too, and are read once. `logit_bias (..., K)` or None is added to the scaled logits; the
+    masks are None or already expanded to `(..., K)` and `(..., N)`; `options` is a complete `Options`. It checks
+    nothing: call `slot_attention`. It differentiates once; for second derivatives call `slot_attention` with
     `backend="reference"`, which plain autograd differentiates any number of times.
     """
 
@@ -112,30 +216,32 @@ class SlotAttentionFunction(torch.autograd.Function):
     def forward(
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
+        logit_bias: Tensor | None,
         slot_mask: Tensor | None,
         input_mask: Tensor | None,
         options: Options,
+        return_attention: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         kernels = _backends.implementation("slot_attention", backend)
-        return kernels.forward(q, k, v, slot_mask, input_mask, options)
+        return kernels.forward(q, k, v, logit_bias, slot_mask, input_mask, options, return_attention)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, slot_mask, input_mask, ctx.options, ctx.backend = inputs
-        ctx.save_for_backward(q, k, v, slot_mask, input_mask)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        q, k, v, logit_bias, slot_mask, input_mask, ctx.options, _, ctx.backend = inputs
+        U, S, _ = output
+        ctx.save_for_backward(q, k, v, logit_bias, slot_mask, input_mask, U, S)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, dU: Tensor | None, dA: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, slot_mask, input_mask = ctx.saved_tensors
+    def backward(ctx: Any, dU: Tensor | None, dS: Tensor | None, dA: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, U, S = ctx.saved_tensors
         if dU is None:
-            dU = v.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
+            dU = U.new_zeros(()).expand(U.shape)
         kernels = _backends.implementation("slot_attention", ctx.backend)
-        dq, dk, dv = kernels.backward(dU, dA, q, k, v, slot_mask, input_mask, ctx.options)
-        return dq, dk, dv, None, None, None, None
+        return *kernels.backward(dU, dS, dA, *inputs, U, S, ctx.options), *(None,) * 5
 
 
 def _options(q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool) -> Options:
@@ -173,6 +279,43 @@ def _check(
     if tuple(v.shape[:-1]) != (*batch, N):
         expected = "(" + ", ".join(map(str, (*batch, N, "Dv"))) + ")"
         raise ValueError(f"v: expected shape {expected} to match k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if slot_mask is not None:
+        slot_mask = _checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
+    if input_mask is not None:
+        input_mask = _checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
+    return slot_mask, input_mask
+
+
+def _check_from_inputs(
+    x: Tensor,
+    q: Tensor,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    joint_heads: bool,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the tensors; return the masks expanded to (..., K) and (..., N)."""
+    _checks.flag("joint_heads", joint_heads)
+    heads, dims = ("H, ", 3) if joint_heads else ("", 2)
+    _checks.tensor("x", x, "(..., N, Dx)", min_dims=2)
+    _checks.tensor("q", q, f"(..., {heads}K, Dk)", min_dims=dims)
+    _checks.tensor("wk", wk, "(..., Dk, Dx)", min_dims=2)
+    _checks.tensor("wv", wv, "(..., Dv, Dx)", min_dims=2)
+    batch, (K, Dk), (N, Dx) = tuple(q.shape[:-2]), q.shape[-2:], x.shape[-2:]
+    if K == 0 or Dk == 0:
+        raise ValueError(f"q: expected at least one slot and one feature, got shape {tuple(q.shape)}")
+    if Dx == 0:
+        raise ValueError(f"x: expected at least one feature, got shape {tuple(x.shape)}")
+    _checks.broadcasts("x", x, batch, (N, Dx), "q")
+    _checks.broadcasts("wk", wk, batch, (Dk, Dx), "q and x")
+    _checks.broadcasts("wv", wv, batch, (wv.shape[-2], Dx), "q and x")
+    for name, bias, width in (("bk", bk, Dk), ("bv", bv, wv.shape[-2])):
+        if bias is not None:
+            _checks.tensor(name, bias, "(..., D)", min_dims=1)
+            _checks.broadcasts(name, bias, batch, (width,), "its weight")
     if slot_mask is not None:
         slot_mask = _checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
     if input_mask is not None:

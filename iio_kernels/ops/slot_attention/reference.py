@@ -7,19 +7,20 @@
 
 (Locatello et al. 2020, "Object-Centric Learning with Slot Attention", eqs. 1 to 3 and algorithm 1.)
 
-`slot_attention` is what every backend is tested against; autograd differentiates it, any number of times.
-`forward` and `backward` are the pair that `SlotAttentionFunction` calls and every backend offers: between them
-they keep nothing of size N * K. Arithmetic is at least float32 whatever the storage type and autocast.
+`slot_attention` and `slot_attention_from_inputs` are what every backend is tested against; autograd differentiates
+them, any number of times. `forward` and `backward` are the pair that `SlotAttentionFunction` calls and every backend
+offers: between them they keep nothing of size N * K. Arithmetic is at least float32 whatever the storage type and
+autocast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from iio_kernels._autograd import without_autocast
+from iio_kernels._numerics import arithmetic_dtype, divide
 
 
 @dataclass(frozen=True)
@@ -37,55 +38,102 @@ def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """U (..., K, Dv) and A (..., K, N), both in v's dtype."""
-    with without_autocast(v.device):
-        out_dtype = v.dtype
-        q, k, v = _read(q, k, v, slot_mask, input_mask)
-        A = _attention(q, k, slot_mask, input_mask, options)
-        W, S = _weights(A, input_mask, options)
-        U = _divide(W.mT @ v, S)
-        return U.to(out_dtype), A.mT.to(out_dtype)
+    U, _, A = forward(q, k, v, None, slot_mask, input_mask, options, return_attention=True)
+    return U.to(v.dtype), A
+
+
+def slot_attention_from_inputs(
+    x: Tensor,
+    q: Tensor,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """U (..., K, Dv) and A (..., K, N) of k = x wk^T + bk and v = x wv^T + bv, both in x's dtype."""
+    with without_autocast(x.device):
+        dtype = arithmetic_dtype(x, q, wk, wv)
+        inputs = x.to(dtype).expand(*q.shape[:-2], *x.shape[-2:])
+        if input_mask is not None:
+            # Before they are projected: a weight's gradient multiplies 0 by whatever padding holds.
+            inputs = inputs.masked_fill(~input_mask.unsqueeze(-1), 0)
+        k, v = inputs @ wk.to(dtype).mT, inputs @ wv.to(dtype).mT
+        k = k if bk is None else k + bk.to(dtype).unsqueeze(-2)
+        v = v if bv is None else v + bv.to(dtype).unsqueeze(-2)
+        U, A = slot_attention(q, k, v, slot_mask, input_mask, options)
+        return U.to(x.dtype), A.to(x.dtype)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """U (..., K, Dv) and A (..., K, N), both in v's dtype."""
-    return slot_attention(q, k, v, slot_mask, input_mask, options)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    logit_bias: Tensor | None,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    options: Options,
+    return_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U (..., K, Dv), the normaliser S (..., K), and A (..., K, N) if asked for.
+
+    U and S are in the arithmetic's dtype, A is in v's. v = None: the keys are the values too. logit_bias (..., K) is
+    added to the scaled logits. Where the weights are not normalised, S is their sum all the same.
+    """
+    out_dtype = (k if v is None else v).dtype
+    with without_autocast(k.device):
+        q, k, v = _read(q, k, v, slot_mask, input_mask)
+        A = _attention(q, k, logit_bias, slot_mask, input_mask, options)
+        W, S = _weights(A, input_mask, options)
+        U = W.mT @ (k if v is None else v)
+        if options.normalize == "mean":
+            U = divide(U, S.unsqueeze(-1))
+        return U, S, A.mT.to(out_dtype) if return_attention else None
 
 
 def backward(
     dU: Tensor,
+    dS: Tensor | None,
     dA: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
+    logit_bias: Tensor | None,
     slot_mask: Tensor | None,
     input_mask: Tensor | None,
+    U: Tensor,
+    S: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to q, k and v, each in its input's dtype, from those to U and (if it was used) to A.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients to q, k, v and logit_bias, each in its input's dtype, from those to U, S and A, if these were used.
 
     A is recomputed from q and k, then
 
         dv[n]    = sum_s W[n, s] dU[s]
-        dA[n, s] = <dU[s], v[n] - U[s]> / S[s]           (+ the gradient that arrives at A itself)
+        dA[n, s] = <dU[s], v[n] - U[s]> / S[s] + dS[s]   (+ the gradient that arrives at A itself)
         dL[n, s] = A[n, s] * (dA[n, s] - sum_t A[n, t] dA[n, t])
         dk[n]    = scale * sum_s dL[n, s] q[s],    dq[s] = scale * sum_n dL[n, s] k[n]
-    """
-    with without_autocast(v.device):
-        dtypes = q.dtype, k.dtype, v.dtype
-        q, k, v = _read(q, k, v, slot_mask, input_mask)
-        A = _attention(q, k, slot_mask, input_mask, options)
-        W, S = _weights(A, input_mask, options)
-        dU = dU.to(v.dtype)
 
-        dv = W @ _divide(dU, S)
-        through_U = v @ dU.mT
+    and logit_bias has sum_n dL[n, s]. With v = None the gradient to k is the sum of both.
+    """
+    dtypes = q.dtype, k.dtype, None if v is None else v.dtype
+    with without_autocast(k.device):
+        q, k, v = _read(q, k, v, slot_mask, input_mask)
+        values = k if v is None else v
+        A = _attention(q, k, logit_bias, slot_mask, input_mask, options)
+        W, _ = _weights(A, input_mask, options)
+        dU = dU.to(values.dtype)
+
         if options.normalize == "mean":
-            U = _divide(W.mT @ v, S)
-            through_U = through_U - (dU * U).sum(-1).unsqueeze(-2)
-        through_U = _divide(through_U.mT, S).mT
-        dA = through_U if dA is None else through_U + _fill(dA.mT.to(v.dtype), slot_mask, input_mask)
+            dv = W @ divide(dU, S.unsqueeze(-1))
+            through_U = divide((values @ dU.mT - (dU * U).sum(-1).unsqueeze(-2)).mT, S.unsqueeze(-1)).mT
+        else:
+            dv = W @ dU
+            through_U = values @ dU.mT
+        dA = through_U if dA is None else through_U + _fill(dA.mT.to(values.dtype), slot_mask, input_mask)
+        dA = dA if dS is None else dA + dS.unsqueeze(-2)
 
         dots = A * dA
         over_slots = (-3, -1) if options.joint_heads else -1
@@ -94,27 +142,38 @@ def backward(
         dk = options.scale * (dL @ q)
         dq = options.scale * (dL.mT @ k)
         dv = dv if input_mask is None else dv.masked_fill(~input_mask.unsqueeze(-1), 0)
-        return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2])
+        dlogit_bias = None if logit_bias is None else dL.sum(-2).to(logit_bias.dtype)
+        if v is None:
+            return dq.to(dtypes[0]), (dk + dv).to(dtypes[1]), None, dlogit_bias
+        return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2]), dlogit_bias
 
 
 def _read(
-    q: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor | None, slot_mask: Tensor | None, input_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """q, k, v in the dtype of the arithmetic, 0 where masked: what is masked may hold anything, even NaN."""
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    dtype = arithmetic_dtype(q, k, v)
+    q, k, v = q.to(dtype), k.to(dtype), None if v is None else v.to(dtype)
     if slot_mask is not None:
         q = q.masked_fill(~slot_mask.unsqueeze(-1), 0)
     if input_mask is not None:
-        k = k.masked_fill(~input_mask.unsqueeze(-1), 0)
-        v = v.masked_fill(~input_mask.unsqueeze(-1), 0)
+        off = ~input_mask.unsqueeze(-1)
+        k, v = k.masked_fill(off, 0), None if v is None else v.masked_fill(off, 0)
     return q, k, v
 
 
-def _attention(q: Tensor, k: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options) -> Tensor:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    logit_bias: Tensor | None,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    options: Options,
+) -> Tensor:
     """A (..., N, K), 0 for masked slots and masked inputs."""
     L = options.scale * (k @ q.mT)
+    if logit_bias is not None:
+        L = L + logit_bias.to(L.dtype).unsqueeze(-2)
     if slot_mask is not None:
         L = L.masked_fill(~slot_mask.unsqueeze(-2), float("-inf"))
     if options.joint_heads:
@@ -138,21 +197,13 @@ def _fill(A: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None) -> Ten
     return A
 
 
-def _weights(A: Tensor, input_mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
-    """The unnormalised weights (..., N, K) and their normaliser S (..., K, 1); None for the plain sum."""
+def _weights(A: Tensor, input_mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """The unnormalised weights (..., N, K) and their normaliser S (..., K)."""
     if options.normalize == "sum":
-        return A, None
+        return A, A.sum(-2)
     if options.eps_in == "denominator":
-        return A, A.sum(-2).unsqueeze(-1) + options.eps
+        return A, A.sum(-2) + options.eps
     W = A + options.eps
     if input_mask is not None:
         W = W.masked_fill(~input_mask.unsqueeze(-1), 0)
-    return W, W.sum(-2).unsqueeze(-1)
-
-
-def _divide(x: Tensor, S: Tensor | None) -> Tensor:
-    """x / S, and 0 where S is exactly 0: a slot that nothing attends to. (A NaN is not 0, and stays.)"""
-    if S is None:
-        return x
-    empty = S == 0
-    return (x / S.masked_fill(empty, 1)).masked_fill(empty, 0)
+    return W, W.sum(-2)

@@ -1,0 +1,20 @@
+"""Numerical rules that the operations share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: the widest of the tensors', at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def divide(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and 0 with zero gradient where y is exactly 0: the mean over nothing. (A NaN is not 0, and stays.)"""
+    empty = y == 0
+    return (x / y.masked_fill(empty, 1)).masked_fill(empty, 0)
