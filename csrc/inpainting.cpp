@@ -16,19 +16,20 @@
 namespace iio::IIO_ISA {
 namespace {
 
-constexpr int kMasks = 16;  // at most, where their subsets are visited
-constexpr int kChunk = 4;   // tiles
+constexpr int kMasks = 16;             // at most, where their subsets are visited
+constexpr int kChunk = 4;              // tiles in a unit of work
 constexpr double kNegligible = 1e-20;  // mask values below this count as 0, see reference.py
 
-// a b, rounded: not part of a fused multiply-add, so that what is equal on paper cancels.
+// a b, rounded: kept out of a fused multiply-add, so that what is equal on paper cancels.
 template <class V>
 IIO_INLINE V rounded_product(V a, V b) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(a * b);
+  V product = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
 #endif
-#endif
-  return a * b;
+  return product;
 }
 
 // ---- An image, its scratch memory and its tiles ----------------------------------------------------------------------
@@ -42,20 +43,20 @@ struct Layout {
   const int64_t pixels = H * W, tiles = (pixels + L - 1) / L, chunks = (tiles + kChunk - 1) / kChunk;
   const int64_t groups = (K * (C + 1) + L - 1) / L;
 
-  // A group's pixels follow each other. But were all rows a multiple of 4 KB apart, a column would compete with itself
-  // for a few lines of the cache: so rows of whole tiles have room for one more pixel.
+  // A group's pixels follow one another. Rows that are whole tiles have room for one pixel more: were they a multiple of
+  // 4 KB apart, a column's pixels would compete for a few lines of the cache.
   const bool spaced = W % L == 0;
   const int64_t row_stride = (W + spaced) * L;
   const int64_t group_stride = spaced ? H * row_stride : tiles * L * L;
 
   int64_t size = 0;
-  const int64_t squares = part(groups * group_stride);   // (groups, tiles, L, L)
-  const int64_t sums = part(chunks * groups * L);        // (chunks, groups * L): of each plane, over a chunk
-  const int64_t totals = part(groups * L);               // (groups * L): eps times that over all pixels, of the products
-  const int64_t gradient_totals = part(groups * L);      // and of dr and dd
-  const int64_t inverse_norms = part(K);                 // (K,): 1 / ||m_i||, or 0
-  const int64_t dots = part(chunks * kMasks);         // (chunks, kMasks): <g_i, T_i>
-  const int64_t mean_errors = part(K);                   // (K,): that over all pixels
+  const int64_t squares = part(groups * group_stride);  // (groups, tiles, L, L)
+  const int64_t sums = part(chunks * groups * L);       // (chunks, groups * L): of each plane, over a chunk
+  const int64_t totals = part(groups * L);              // (groups * L): eps times that over all pixels, of the products
+  const int64_t gradient_totals = part(groups * L);     // (groups * L): the same of dr and dd
+  const int64_t inverse_norms = part(K);                // (K,): 1 / ||m_i||, or 0
+  const int64_t dots = part(chunks * kMasks);           // (chunks, kMasks): <g_i, T_i> over a chunk
+  const int64_t mean_errors = part(K);                  // (K,): that over all pixels
 
   explicit Layout(const Inpainting<T>& args) : K(args.K), C(args.C), H(args.H), W(args.W) {}
 
@@ -83,13 +84,6 @@ struct Image : Layout<T> {
   }
 
   IIO_INLINE T* square(int64_t group, int64_t tile) const { return pixel(group, tile * L); }
-
-  // of a plane in scratch memory
-  IIO_INLINE Vec<T> total(int64_t plane) const { return splat(scratch[this->totals + plane]); }
-  IIO_INLINE Vec<T> gradient_total(int64_t plane) const { return splat(scratch[this->gradient_totals + plane]); }
-
-  // of a mask
-  IIO_INLINE Vec<T> inverse_norm(int64_t i) const { return splat(scratch[this->inverse_norms + i]); }
 };
 
 // kLanes pixels of all planes.
@@ -100,10 +94,12 @@ struct Tile {
   const Image<T>& image;
   const int64_t tile, first = tile * L;
   const int count = int(image.pixels - first < L ? image.pixels - first : L);
-  T* const first_square = image.square(0, tile);
+  T* const squares = image.square(0, tile);
 
-  // Pixels of a plane outside of scratch memory; zeros beyond its end.
-  IIO_INLINE Vec<T> read(const T* plane) const { return count == L ? load(plane + first) : load_first(plane + first, count); }
+  // From a plane outside of scratch memory; zeros beyond its end.
+  IIO_INLINE Vec<T> read(const T* plane) const {
+    return count == L ? load(plane + first) : load_first(plane + first, count);
+  }
 
   IIO_INLINE void write(T* plane, Vec<T> x) const {
     if (count == L) {
@@ -124,28 +120,30 @@ struct Tile {
     return absolute(x) < T(kNegligible) ? Vec<T>{} : x;
   }
 
-  // A plane in scratch memory, in lanes of pixels: of mask i's, channel c's or, with c = C, the mask's own.
+  // In scratch memory, in lanes of pixels: mask i's plane of channel c, or with c = C its own.
   IIO_INLINE T* at(int64_t i, int64_t c) const {
-    const uint64_t plane = i * (image.C + 1) + c;
-    return first_square + plane / L * image.group_stride + plane % L * L;
+    const uint64_t p = plane(i, c);
+    return squares + p / L * image.group_stride + p % L * L;
   }
 
-  // What the filter made of it.
-  IIO_INLINE Vec<T> filtered(int64_t i, int64_t c) const { return load(at(i, c)) + image.total(i * (image.C + 1) + c); }
-
+  // The same after filtering, with the eps term.
+  IIO_INLINE Vec<T> filtered(int64_t i, int64_t c) const {
+    return load(at(i, c)) + image.scratch[image.totals + plane(i, c)];
+  }
   IIO_INLINE Vec<T> filtered_gradient(int64_t i, int64_t c) const {
-    return load(at(i, c)) + image.gradient_total(i * (image.C + 1) + c);
+    return load(at(i, c)) + image.scratch[image.gradient_totals + plane(i, c)];
   }
 
-  // A plane of a result with `planes` planes an image.
+  IIO_INLINE int64_t plane(int64_t i, int64_t c) const { return i * (image.C + 1) + c; }
+
+  // A plane of a result, or of an incoming gradient, that has `planes` planes an image.
   template <class U>
   IIO_INLINE U* result(U* data, int64_t planes, int64_t plane) const {
     return data + (image.b * planes + plane) * image.pixels;
   }
 };
 
-// One step of `transpose`: of two vectors, the squares of `size` lanes at odd places in a and at even places in b change
-// places.
+// One step of `transpose`: the odd runs of `size` lanes in a and the even ones in b change places.
 template <class T, int size, size_t... lane>
 IIO_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<lane...>) {
   constexpr size_t L = kLanes<T>;
@@ -213,29 +211,42 @@ double add_parts(const T* parts, int64_t count, int64_t stride) {
 
 // ---- The filter ------------------------------------------------------------------------------------------------------
 
-constexpr int kOutputs = 4;  // at a time: each input loaded serves as many of them as there are
+// Outputs made at a time: each input loaded serves as many of them as there are. The widest vectors wait for arithmetic
+// anyway; with narrower ones, and half the registers, asking for each input whether it is there takes longer.
+constexpr bool kWidest = kVectorBytes == 64;
+constexpr int kOutputs = kWidest ? 6 : 5;
 
-// One pass along a line of n vectors, which zeros surround.
+// Outputs j .. j + kOutputs - 1, but none from n on, of one pass along a line of n vectors; zeros surround x.
+template <int kRadius, bool kInside, class T>
+IIO_INLINE void filter_outputs(int64_t j, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n,
+                               const T* taps, int64_t any_radius) {
+  const int64_t radius = kRadius ? kRadius : any_radius;
+  const auto at = [=](int64_t i) { return kInside || uint64_t(i) < uint64_t(n) ? load(x + i * x_stride) : Vec<T>{}; };
+  Vec<T> left[kOutputs], right[kOutputs], out[kOutputs];  // left[k] = x[j + k - t], right[k] = x[j + k + t]
+  for (int k = 0; k < kOutputs; ++k) {
+    left[k] = right[k] = at(j + k);
+    out[k] = taps[0] * left[k];
+  }
+  for (int64_t t = 1; t <= radius; ++t) {
+    for (int k = kOutputs - 1; k > 0; --k) left[k] = left[k - 1];
+    for (int k = 0; k < kOutputs - 1; ++k) right[k] = right[k + 1];
+    left[0] = at(j - t);
+    right[kOutputs - 1] = at(j + kOutputs - 1 + t);
+    for (int k = 0; k < kOutputs; ++k) out[k] += taps[t] * (left[k] + right[k]);
+  }
+  for (int k = 0; k < kOutputs; ++k) {
+    if (kInside || j + k < n) store(y + (j + k) * y_stride, out[k]);
+  }
+}
+
 template <int kRadius, class T>
 IIO_INLINE void filter_once(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, const T* taps,
-                            int64_t any_radius) {
-  const int64_t radius = kRadius ? kRadius : any_radius;
-  const auto at = [=](int64_t j) { return uint64_t(j) < uint64_t(n) ? load(x + j * x_stride) : Vec<T>{}; };
+                            int64_t radius) {
   for (int64_t j = 0; j < n; j += kOutputs) {
-    Vec<T> left[kOutputs], right[kOutputs], out[kOutputs];  // left[k] = x[j + k - t], right[k] = x[j + k + t]
-    for (int k = 0; k < kOutputs; ++k) {
-      left[k] = right[k] = at(j + k);
-      out[k] = taps[0] * left[k];
-    }
-    for (int64_t t = 1; t <= radius; ++t) {
-      for (int k = kOutputs - 1; k > 0; --k) left[k] = left[k - 1];
-      for (int k = 0; k < kOutputs - 1; ++k) right[k] = right[k + 1];
-      left[0] = at(j - t);
-      right[kOutputs - 1] = at(j + kOutputs - 1 + t);
-      for (int k = 0; k < kOutputs; ++k) out[k] += taps[t] * (left[k] + right[k]);
-    }
-    for (int k = 0; k < kOutputs; ++k) {
-      if (j + k < n) store(y + (j + k) * y_stride, out[k]);
+    if (!kWidest && j >= radius && j + kOutputs + radius <= n) {
+      filter_outputs<kRadius, true>(j, x, x_stride, y, y_stride, n, taps, radius);
+    } else {
+      filter_outputs<kRadius, false>(j, x, x_stride, y, y_stride, n, taps, radius);
     }
   }
 }
@@ -306,18 +317,20 @@ void residuals(Image<T> image, int64_t chunk) {
   }
 }
 
+// float has long unrolled code, double short.
 template <class Visitor, class V, int kC>
 IIO_INLINE void visit_all(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel, int K) {
-  if (sizeof(V{}[0]) == 4 && K >= 4) {
+  if (sizeof(V{}[0]) == sizeof(float) && K >= 4) {
     walk_all<4>(visitor, pixel, K);
   } else {
     walk_all<2>(visitor, pixel, K);
   }
 }
 
-// Channels first .. first + kC - 1 of a tile: adds to T and dd, and stores dr and dimage.
+// Channels first .. first + kC - 1 of a tile: adds to T and dd, stores dr and sum_i d_i dr_i.
 template <Stage stage, int kC, class T>
-IIO_INLINE void visit_subsets(const Tile<T>& tile, int64_t first, const Vec<T>* d, const Vec<T>* g, Vec<T>* sum_T, Vec<T>* dd) {
+IIO_INLINE void visit_subsets(const Tile<T>& tile, int64_t first, const Vec<T>* d, const Vec<T>* g, Vec<T>* sum_T,
+                              Vec<T>* dd) {
   const Inpainting<T>& args = tile.image.args;
   const int K = int(args.K);
   Vec<T> X[kC];
@@ -329,7 +342,7 @@ IIO_INLINE void visit_subsets(const Tile<T>& tile, int64_t first, const Vec<T>* 
   for (int i = 0; i < K; ++i) {
     for (int c = 0; c < kC; ++c) pixel.r[i][c] = rounded_product(X[c], d[i]) - tile.filtered(i, first + c);
   }
-  const auto use = [&](const auto& visitor) {
+  const auto take = [&](const auto& visitor) {
     IIO_OVER_MASKS
     for (int i = 0; i < K; ++i) {
       sum_T[i] += visitor.T[i];
@@ -355,16 +368,16 @@ IIO_INLINE void visit_subsets(const Tile<T>& tile, int64_t first, const Vec<T>* 
   } else if constexpr (stage == Stage::gradients) {
     Gradients<Vec<T>, kC, kMasks> visitor(pixel, K);
     visit_all(visitor, pixel, K);
-    use(visitor);
+    take(visitor);
   } else {
     const T* const weights = args.weights + tile.image.b * K * ((int64_t(1) << (K - 1)) - 1);
     WeightedGradients<Vec<T>, kC, kMasks, T> visitor(pixel, K, weights);
     walk_all<2>(visitor, pixel, K);
-    use(visitor);
+    take(visitor);
   }
 }
 
-// The stages `errors`, `gradients` and `weighted_gradients`. T goes to dmasks, for `finish`.
+// The stages `errors`, `gradients` and `weighted_gradients`. `finish` finds T in dmasks and sum_i d_i dr_i in dimage.
 template <Stage stage, class T>
 void subsets(Image<T> image, int64_t chunk) {
   const Chunk<T> tiles{image, chunk};
@@ -377,7 +390,7 @@ void subsets(Image<T> image, int64_t chunk) {
     IIO_OVER_MASKS
     for (int64_t i = 0; i < K; ++i) {
       d[i] = tile.filtered(i, C);
-      g[i] = tile.m(i) * image.inverse_norm(i);
+      g[i] = tile.m(i) * image.scratch[image.inverse_norms + i];
       sum_T[i] = dd[i] = Vec<T>{};
     }
     int64_t c = 0;
@@ -392,7 +405,9 @@ void subsets(Image<T> image, int64_t chunk) {
       }
     }
   }
-  for (int i = 0; i < kMasks; i += kLanes<T>) store(image.scratch + image.dots + chunk * kMasks + i, sums<T>(dots + i));
+  for (int i = 0; i < kMasks; i += kLanes<T>) {
+    store(image.scratch + image.dots + chunk * kMasks + i, sums<T>(dots + i));
+  }
   if constexpr (stage != Stage::errors) tiles.to_lanes_of_planes();
 }
 
@@ -461,7 +476,6 @@ void entropies(Image<T> image, int64_t upper) {
   const int64_t terms = (int64_t(1) << (K - 1)) - 1;
   for (int low = 0; low < kSets; ++low) {
     const int64_t set = upper << kLow | low;
-    IIO_OVER_MASKS
     for (int64_t i = 0; i < K; ++i) {
       if (set == 0 || (set >> i & 1)) continue;
       const int64_t others = (set >> (i + 1) << i) | (set & ((int64_t(1) << i) - 1));
@@ -479,7 +493,6 @@ void predictions(Image<T> image, int64_t chunk) {
   tiles.to_lanes_of_pixels();
   for (int64_t t = tiles.first; t < tiles.last; ++t) {
     const Tile<T> tile{image, t};
-    IIO_OVER_MASKS
     for (int64_t i = 0; i < K; ++i) {
       const Vec<T> d = tile.filtered(i, C);
       for (int64_t c = 0; c < C; ++c) {
@@ -497,7 +510,6 @@ void prediction_gradients(Image<T> image, int64_t chunk) {
   tiles.to_lanes_of_pixels();
   for (int64_t t = tiles.first; t < tiles.last; ++t) {
     const Tile<T> tile{image, t};
-    IIO_OVER_MASKS
     for (int64_t i = 0; i < K; ++i) {
       const Vec<T> d = tile.filtered(i, C);
       Vec<T> dd{};
@@ -533,39 +545,38 @@ void losses(Image<T> image) {
   if (image.args.losses) image.args.losses[image.b] = T(loss / image.C);
 }
 
-// With `scale` for what was left out of T, dr and dd:
+// With F for the filter, and T, dr and dd times their common factor, the loss's sign and 1 / C:
 //
-//     dm_i = scale (dd_i - sum_c X_c dr_{i,c} + (T_i - <m_i, T_i> / ||m_i||) / ||m_i||)
-//     dX_c = scale (dX_c - sum_i m_i dr_{i,c})
+//     dm_i = F(dd_i) - sum_c X_c F(dr_{i,c}) + (T_i - <g_i, T_i>) / ||m_i||
+//     dX_c = sum_i (d_i dr_{i,c} - m_i F(dr_{i,c}))
 template <class T>
 void finish(Image<T> image, int64_t chunk) {
   const Inpainting<T>& args = image.args;
   const Chunk<T> tiles{image, chunk};
   const int64_t K = image.K, C = image.C;
-  const T scale = args.psi_gradient ? T(1) : (args.weights ? 1 : -1) / T(C);
+  const T factor = args.psi_gradient ? T(1) : (args.weights ? 1 : -1) / T(C);
   tiles.to_lanes_of_pixels();
   for (int64_t t = tiles.first; t < tiles.last; ++t) {
     const Tile<T> tile{image, t};
     if (args.dmasks) {
-      IIO_OVER_MASKS
       for (int64_t i = 0; i < K; ++i) {
         T* const result = tile.result(args.dmasks, K, i);
         Vec<T> sum{};
         for (int64_t c = 0; c < C; ++c) sum += rounded_product(tile.X(c), tile.filtered_gradient(i, c));
         Vec<T> dm = tile.filtered_gradient(i, C) - sum;
         if (!args.psi_gradient) {
-          dm += (tile.read(result) - image.scratch[image.mean_errors + i]) * image.inverse_norm(i);
+          const T mean_error = image.scratch[image.mean_errors + i], inverse_norm = image.scratch[image.inverse_norms + i];
+          dm += (tile.read(result) - mean_error) * inverse_norm;
         }
-        tile.write(result, scale * dm);
+        tile.write(result, factor * dm);
       }
     }
     if (args.dimage) {
       for (int64_t c = 0; c < C; ++c) {
         T* const result = tile.result(args.dimage, C, c);
         Vec<T> dX = args.psi_gradient ? Vec<T>{} : tile.read(result);
-        IIO_OVER_MASKS
         for (int64_t i = 0; i < K; ++i) dX -= tile.m(i) * tile.filtered_gradient(i, c);
-        tile.write(result, scale * dX);
+        tile.write(result, factor * dX);
       }
     }
   }

@@ -1,9 +1,9 @@
 // Slot attention on the CPU, for one instruction set. slot_attention.h has the formulas and the division into tasks.
 //
-// A chunk of inputs is worked through in blocks of kBlock, which fit the first cache: k and v are read from memory once,
-// and everything else about a block stays in the cache. Quantities of a slot and an input (L, A, W, their gradients) are
-// laid out (slots, kBlock), so that the softmax over slots runs in as many inputs at once as a vector has lanes. Between
-// those and the rows of k and v stand three small matrix products.
+// A chunk of inputs is worked through in blocks of kBlock, which fit the first cache or two: k and v are read from
+// memory once, and everything else about a block stays in the cache. Quantities of a slot and an input (L, A, W, their
+// gradients) are laid out (slots, kBlock), so that the softmax over slots runs in as many inputs at once as a vector
+// has lanes. Between those and the rows of k and v stand three small matrix products.
 #include "slot_attention.h"
 
 namespace iio::IIO_ISA {
@@ -18,10 +18,10 @@ constexpr int kRegisters = 16;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The products. Rows x[n] of a block's inputs come as pointers; those of the slots, w[s], lie D apart; D is a multiple of
-// the cache line. c[s][n] is a coefficient for a slot and an input, (M, kBlock). Where rows are read for the first time,
-// as much memory is fetched from the address `next` on, for the next block: a processor foresees long runs of addresses,
-// and the rows of one block are a short one.
+// The products. Rows x[n] of a block's inputs come as pointers; those of the slots, w[s], lie D apart; D fills cache
+// lines. c[s][n] is a coefficient for a slot and an input, (M, kBlock). While rows are read for the first time, as much
+// memory is fetched from the address `next` on, for the next block: a processor foresees long runs of addresses, and
+// the rows of one block are a short one. (Half of the time of large calls went by waiting for them.)
 
 // c[s][n] = <x[n], w[s]> for `slots` slots and all inputs of the block.
 template <class T, int slots>
@@ -259,7 +259,7 @@ class Group {
         accumulate(row(g, 0), values, K, Dv, partial + g * K * Dv, next);
       }
     }
-    for (int64_t m = 0; m < M; ++m) partial[M * Dv + m] = sum<T>(load(lane_sums + m * kLanes<T>));
+    close_chunk(partial + M * Dv);
   }
 
   // One chunk: scale * sum_n dL[n, s] k[n], then sum_n dL[n, s], to its partial sums; its rows of dk and dv.
@@ -291,7 +291,7 @@ class Group {
         accumulate(row(g, 0), keys_of(g), K, Dk, partial + g * K * Dk, in_cache(keys_of(g)));
       }
     }
-    for (int64_t m = 0; m < M; ++m) partial[M * Dk + m] = sum<T>(load(lane_sums + m * kLanes<T>));
+    close_chunk(partial + M * Dk);
   }
 
   int64_t workspace_size;  // bytes
@@ -333,6 +333,10 @@ class Group {
     T* partial = static_cast<T*>(call.partials) + task * call.partial_size(width);
     fill(partial, M * width, T(0));
     return partial;
+  }
+
+  void close_chunk(T* totals) {
+    for (int64_t m = 0; m < M; ++m) totals[m] = sum<T>(load(lane_sums + m * kLanes<T>));
   }
 
   // Head g's queries; 0 for a masked slot, whose query is not read.
@@ -406,7 +410,7 @@ class Group {
     }
   }
 
-  // Where the next block of rows begins, if they lie one behind the other; it may be beyond the last.
+  // Where the next block of head g's rows begins, if they lie one behind the other; it may be beyond the last.
   uintptr_t next_rows(int64_t g, const Strided<void>& x, int64_t D) const {
     if (x.stride[2] != D) return in_cache(keys);
     const int64_t first_element = start(x, g) + (n0 + kBlock) * D;
@@ -414,15 +418,15 @@ class Group {
   }
   static uintptr_t in_cache(const T* const* rows) { return reinterpret_cast<uintptr_t>(rows[0]); }
 
-  // out[n] = sum_r coefficient[r][n] weight[r] for head g's inputs, over `count` rows r; 0 for those that take no part.
-  void write_rows(int64_t g, const T* coefficient, const T* weight, int64_t count, int64_t D, int64_t width, void* out) {
+  // out[n] = sum_r c_r[n] w[r] for head g's inputs, over `count` rows r; 0 for those that take no part.
+  void write_rows(int64_t g, const T* c_r, const T* w, int64_t count, int64_t D, int64_t width, void* out) {
     char* to = static_cast<char*>(out) + (head(g) * call.N + n0) * D * stored;
     const MaskLane<T>* here = live + g * kBlock;
     const bool in_place = usable_in_place(D);
     for (int64_t i = 0; i < kBlock; ++i) {
       written[i] = in_place && here[i] ? reinterpret_cast<T*>(to + i * D * stored) : to_write + i * width;
     }
-    combine(coefficient, weight, count, width, written, in_place && call.stream);
+    combine(c_r, w, count, width, written, in_place && call.stream);
     for (int64_t i = 0; i < kBlock && n0 + i < last; ++i) {
       if (!here[i]) {
         std::memset(to + i * D * stored, 0, D * stored);
@@ -575,7 +579,7 @@ void backward_chunks(const SlotAttention& call, int64_t begin, int64_t end, char
   finish_streams();
 }
 
-// The partial sums of `slot`, one of all B * H * K, over all chunks: its row of width D to `total`, its number returned.
+// The partial sums of `slot`, one of all B * H * K, over all chunks: its row to `total`, its number returned.
 template <class T>
 T add_partials(const SlotAttention& call, int64_t slot, int64_t D, T* total) {
   const int64_t M = call.heads() * call.K, width = call.padded(D), chunks = call.chunks();

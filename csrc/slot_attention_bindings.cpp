@@ -41,8 +41,8 @@ Strided<T> strided(const Tensor& x) {
   return {static_cast<const T*>(x.const_data_ptr()), {x.stride(0), x.stride(1), x.stride(2)}};
 }
 
-// Room for a result. The system is asked to back a large one with huge pages: memory that is fresh from the system has a
-// page fault for each page, and those of 4 KiB take several times as long as all of the computation.
+// Room for a result. The system is asked to back a large one with huge pages: memory that is fresh from the system
+// has a page fault for each page, and those of 4 KiB can take longer than all of the computation.
 Tensor new_result(const Tensor& like, const Shape& shape, ScalarType dtype) {
   Tensor x = torch::stable::new_empty(like, shape, dtype);
 #if defined(__linux__)
