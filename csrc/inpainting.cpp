@@ -32,7 +32,7 @@ IIO_INLINE V rounded_product(V a, V b) {
   return product;
 }
 
-// ---- An image, its scratch memory and its tiles ----------------------------------------------------------------------
+// ---- An image, its scratch memory and its tiles ---------------------------------------------------------------------
 
 // Sizes, and where in the scratch memory things lie.
 template <class T>
@@ -43,8 +43,8 @@ struct Layout {
   const int64_t pixels = H * W, tiles = (pixels + L - 1) / L, chunks = (tiles + kChunk - 1) / kChunk;
   const int64_t groups = (K * (C + 1) + L - 1) / L;
 
-  // A group's pixels follow one another. Rows that are whole tiles have room for one pixel more: were they a multiple of
-  // 4 KB apart, a column's pixels would compete for a few lines of the cache.
+  // A group's pixels follow one another. Rows that are whole tiles have room for one pixel more: were they a multiple
+  // of 4 KB apart, a column's pixels would compete for a few lines of the cache.
   const bool spaced = W % L == 0;
   const int64_t row_stride = (W + spaced) * L;
   const int64_t group_stride = spaced ? H * row_stride : tiles * L * L;
@@ -52,7 +52,7 @@ struct Layout {
   int64_t size = 0;
   const int64_t squares = part(groups * group_stride);  // (groups, tiles, L, L)
   const int64_t sums = part(chunks * groups * L);       // (chunks, groups * L): of each plane, over a chunk
-  const int64_t totals = part(groups * L);              // (groups * L): eps times that over all pixels, of the products
+  const int64_t totals = part(groups * L);              // (groups * L): eps times that over all pixels, of products
   const int64_t gradient_totals = part(groups * L);     // (groups * L): the same of dr and dd
   const int64_t inverse_norms = part(K);                // (K,): 1 / ||m_i||, or 0
   const int64_t dots = part(chunks * kMasks);           // (chunks, kMasks): <g_i, T_i> over a chunk
@@ -209,7 +209,7 @@ double add_parts(const T* parts, int64_t count, int64_t stride) {
   return sum;
 }
 
-// ---- The filter ------------------------------------------------------------------------------------------------------
+// ---- The filter -----------------------------------------------------------------------------------------------------
 
 // Outputs made at a time: each input loaded serves as many of them as there are. The widest vectors wait for arithmetic
 // anyway; with narrower ones, and half the registers, asking for each input whether it is there takes longer.
@@ -273,7 +273,7 @@ void filter_line(T* line, int64_t stride, int64_t n, const Inpainting<T>& args, 
   }
 }
 
-// ---- Stages ----------------------------------------------------------------------------------------------------------
+// ---- Stages ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 void products(Image<T> image, int64_t chunk) {
@@ -565,8 +565,8 @@ void finish(Image<T> image, int64_t chunk) {
         for (int64_t c = 0; c < C; ++c) sum += rounded_product(tile.X(c), tile.filtered_gradient(i, c));
         Vec<T> dm = tile.filtered_gradient(i, C) - sum;
         if (!args.psi_gradient) {
-          const T mean_error = image.scratch[image.mean_errors + i], inverse_norm = image.scratch[image.inverse_norms + i];
-          dm += (tile.read(result) - mean_error) * inverse_norm;
+          const T mean_error = image.scratch[image.mean_errors + i];
+          dm += (tile.read(result) - mean_error) * image.scratch[image.inverse_norms + i];
         }
         tile.write(result, factor * dm);
       }
@@ -582,7 +582,7 @@ void finish(Image<T> image, int64_t chunk) {
   }
 }
 
-// ---- Entries ---------------------------------------------------------------------------------------------------------
+// ---- Entries --------------------------------------------------------------------------------------------------------
 
 template <class T>
 int64_t image_scratch(const Inpainting<T>& args) {

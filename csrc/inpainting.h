@@ -1,8 +1,8 @@
 // The kernels of inpainting.cpp and what they are given. Plain data: only the bindings know torch.
 //
-// An operation is a sequence of stages (inpainting_bindings.cpp lists them), and a stage is a number of independent units
-// of work for each image. Whoever runs all units of an image's stage before its next one may spread images and units over
-// threads as they like: not a bit of the results changes.
+// An operation is a sequence of stages (inpainting_bindings.cpp lists them), and a stage is a number of independent
+// units of work for each image. Whoever runs all units of an image's stage before its next one may spread images and
+// units over threads as they like: not a bit of the results changes.
 #pragma once
 
 #include <cstdint>

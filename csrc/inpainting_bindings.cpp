@@ -63,22 +63,20 @@ Tensor with_dense_planes(const Tensor& x) {
   return dense ? x : torch::stable::contiguous(x);
 }
 
-template <class T>
-const InpaintingKernels<T>& kernels_for(const InpaintingKernels<float>& single, const InpaintingKernels<double>& twice) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return single;
-  } else {
-    return twice;
-  }
+const InpaintingKernels<float>& kernels(float) {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::inpainting_float;
+  if (isa() == Isa::avx2) return avx2::inpainting_float;
+#endif
+  return baseline::inpainting_float;
 }
 
-template <class T>
-const InpaintingKernels<T>& kernels() {
+const InpaintingKernels<double>& kernels(double) {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) return kernels_for<T>(avx512::inpainting_float, avx512::inpainting_double);
-  if (isa() == Isa::avx2) return kernels_for<T>(avx2::inpainting_float, avx2::inpainting_double);
+  if (isa() == Isa::avx512) return avx512::inpainting_double;
+  if (isa() == Isa::avx2) return avx2::inpainting_double;
 #endif
-  return kernels_for<T>(baseline::inpainting_float, baseline::inpainting_double);
+  return baseline::inpainting_double;
 }
 
 // A call of an operator: its tensors, and the kernels' arguments, to which the operator adds what it wants.
@@ -125,12 +123,13 @@ struct Call {
   // fewer than there are threads, go through each stage together, its units spread over all threads.
   void run(const std::vector<Stage>& stages) const {
     if (B == 0) return;
-    const InpaintingKernels<T>& kernels = iio::kernels<T>();
+    const InpaintingKernels<T>& kernels = iio::kernels(T{});
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
     const int64_t own = B / threads, left_over = B % threads;
 
-    const int64_t image_size = aligned(kernels.image_scratch(args)), thread_size = aligned(kernels.thread_scratch(args));
     const int64_t images = own > 0 ? threads : left_over;  // at once
+    const int64_t image_size = aligned(kernels.image_scratch(args));
+    const int64_t thread_size = aligned(kernels.thread_scratch(args));
     const Tensor memory = empty({images * image_size + threads * thread_size + kAlignment});
     T* const start = data(memory);
     T* const image_scratch = start + (aligned(address(start)) - address(start));
@@ -194,7 +193,7 @@ std::vector<Stage> stages(std::initializer_list<Stage> between, bool gradients) 
   return all;
 }
 
-// ---- The operators ---------------------------------------------------------------------------------------------------
+// ---- The operators --------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> iio_loss(const Tensor& image, const Tensor& masks, double sigma, int64_t kernel_size,
                                             int64_t repeats, double eps, bool image_gradient, bool masks_gradient) {

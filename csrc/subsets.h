@@ -11,15 +11,15 @@
 // where 1 / D = 0 for D = 0, and sign(0) = 0. The factor 1 / C of the mean over channels is left to the caller, so that
 // all of this is linear in the channels: any number of them is served in blocks of kC, with T and dd adding up.
 //
-// Going down the tree, each level decides about one mask i: a set with it gains r_i and d_i, one without it gains g_i in
-// w. Coming up, the sums over all sets below the two children are those that i's gradients and T_i ask for. So each set
-// costs a few additions whatever K is, and every sum is a sum of parts: a total minus a part would lose all digits.
+// Going down the tree, each level decides about one mask i: a set with it gains r_i and d_i, one without it gains g_i
+// in w. Coming up, the sums over all sets below the two children are those that i's gradients and T_i ask for. So each
+// set costs a few additions whatever K is, and every sum is a sum of parts: a total minus a part would lose all digits.
 //
 // V is the type of a number: float, double, or a vector of pixels (simd.h). CUDA code includes this file too.
 #pragma once
 
-// Before a loop over masks: on a GPU K is a constant and all their numbers are to be in registers; on a CPU it is not, and
-// a compiler that sees arrays of kMasks would make kMasks copies of the loop.
+// Before a loop over masks. On a GPU K is a constant, and all numbers are to be in registers; on a CPU it is not, and a
+// compiler that sees arrays of kMasks would make kMasks copies of the loop.
 #if defined(__CUDACC__)
 #define IIO_ISA cuda
 #define IIO_INLINE __host__ __device__ __forceinline__
@@ -35,7 +35,7 @@
 
 namespace iio::IIO_ISA {
 
-// ---- What differs between numbers and vectors of them ----------------------------------------------------------------
+// ---- What differs between numbers and vectors of them ---------------------------------------------------------------
 
 IIO_INLINE float absolute(float x) { return __builtin_fabsf(x); }
 IIO_INLINE double absolute(double x) { return __builtin_fabs(x); }
@@ -69,7 +69,7 @@ IIO_INLINE V reciprocal_or_0(V x) {
   return x == 0 ? V{} : 1 / x;
 }
 
-// ---- The tree --------------------------------------------------------------------------------------------------------
+// ---- The tree -------------------------------------------------------------------------------------------------------
 
 // What is known of each mask at a pixel.
 template <class V, int kC, int kMasks>
@@ -108,9 +108,9 @@ struct Node {
   IIO_INLINE V error() const { return norm() * reciprocal_or_0(D); }
 };
 
-// Visits all sets that differ from the node's in masks 0 .. kLevel-1, which the node leaves out. `visitor.visit(node, set)`
-// is called for each, and `visitor.join(i, without, with)` makes of what was returned for the sets without and with i what
-// is returned for both. Bit i of a set says whether it holds mask i.
+// Visits all sets that add some of masks 0 .. kLevel-1 to the node's. `visitor.visit(node, set)` is called for each,
+// and `visitor.join(i, without, with)` makes of what came back for the sets without and with mask i what goes back for
+// both. Bit i of a set says whether it holds mask i.
 template <int kLevel, class Visitor, class V, int kC, int kMasks>
 IIO_INLINE typename Visitor::Sums walk(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel, const Node<V, kC>& node,
                                        unsigned set) {
@@ -125,8 +125,8 @@ IIO_INLINE typename Visitor::Sums walk(Visitor& visitor, const Pixel<V, kC, kMas
 }
 
 // Visits all sets of K masks: a loop over the sets of masks kLow .. K-1, and below each the tree, unrolled. The loop
-// counts in binary; its `path` from the root is made anew from the highest bit that changed, and `pending` holds the sums
-// of the subtrees whose sibling is still to come.
+// counts in binary; of its path from the root what is below the bit that changed is made anew, and `pending` holds the
+// sums of the subtrees whose siblings are still to come.
 template <int kLow, class Visitor, class V, int kC, int kMasks>
 IIO_INLINE void walk_all(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel, int K) {
   const int levels = K - kLow;
@@ -148,7 +148,7 @@ IIO_INLINE void walk_all(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel, in
   }
 }
 
-// ---- Visitors --------------------------------------------------------------------------------------------------------
+// ---- Visitors -------------------------------------------------------------------------------------------------------
 
 // T alone.
 template <class V, int kMasks>
