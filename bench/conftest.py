@@ -45,6 +45,7 @@ def race(benchmark, device: str) -> Callable[..., None]:
     def run(call: Callable[[], object], *, group: str, name: str, floor: float) -> None:
         benchmark.group, benchmark.name = group, name
         try:
+            call()  # compiles what has to be compiled
             with peak_memory(device) as memory:
                 once = seconds(call, device)
         except Exception as error:
