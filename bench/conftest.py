@@ -1,11 +1,13 @@
 """What every benchmark shares: contenders on the same inputs, timed side by side, and their ratios at the end.
 
 `pytest bench --benchmark-only` prints the table; `--benchmark-json=FILE` keeps it. Times are medians of one call, in
-float32, with the threads that torch uses.
+float32, with the threads that torch uses. As in train.py, memory that a call frees stays with the process: without that,
+half of the time and most of its spread are the kernel's, zeroing pages, for every contender.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,9 @@ import pytest
 import torch
 
 import iio_kernels
+from train import keep_freed_memory
+
+keep_freed_memory()
 
 
 @pytest.fixture(params=["cuda"] if torch.cuda.is_available() else ["cpu"], scope="session")
@@ -70,6 +75,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def peak_memory(device: str) -> Iterator[list[float]]:
     """[MiB beyond what was in use before]; NaN where the system does not tell."""
     result, clear, status = [float("nan")], Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    release_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
     def resident(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
@@ -79,7 +85,8 @@ def peak_memory(device: str) -> Iterator[list[float]]:
         before = torch.cuda.memory_allocated()
         yield result
         result[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    elif clear.exists():
+    elif clear.exists() and release_freed is not None:
+        release_freed(0)  # or the call would take from memory that an earlier one left with the process
         clear.write_text("5")  # the high-water mark starts anew
         before = resident("VmRSS")
         yield result
@@ -96,6 +103,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """Leave out what says nothing of the speed: the host's name and flags, each single timing."""
+    machine_info = output_json["machine_info"]
+    machine_info.pop("node", None)
+    cpu = machine_info.get("cpu", {})
+    machine_info["cpu"] = {key: cpu.get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")}
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
