@@ -56,7 +56,7 @@ def race(benchmark, device: str) -> Callable[..., None]:
         except Exception as error:
             pytest.skip(f"{group}, {name} failed: {str(error).splitlines()[0]}")
         benchmark.extra_info |= {"floor_ms": 1e3 * floor, "extra_mib": memory[0]}
-        rounds = 1 if once > 5 else 5 if once > 0.5 else min(100, max(9, int(2 / once)))
+        rounds = 1 if once > 5 else 5 if once > 0.5 else min(1000, max(9, int(2 / once)))
         benchmark.pedantic(lambda: seconds(call, device), warmup_rounds=0 if once > 5 else 3, rounds=rounds)
 
     return run
