@@ -1,8 +1,8 @@
 """What every benchmark shares: contenders on the same inputs, timed side by side, and their ratios at the end.
 
 `pytest bench --benchmark-only` prints the table; `--benchmark-json=FILE` keeps it. Times are medians of one call, in
-float32, with the threads that torch uses. As in train.py, memory that a call frees stays with the process: without that,
-half of the time and most of its spread are the kernel's, zeroing pages, for every contender.
+float32, with the threads that torch uses. As in train.py, memory that a call frees stays with the process: without
+that, half of the time and most of its spread are the kernel's, zeroing pages, for every contender.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     """The machine's speed, but not its name and flags, nor each single timing."""
     machine_info = output_json["machine_info"]
     machine_info.pop("node", None)
-    cpu = machine_info.get("cpu", {})
-    machine_info["cpu"] = {key: cpu.get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")}
+    machine_info["cpu"] = {key: machine_info.get("cpu", {}).get(key) for key in ("brand_raw", "count")}
     machine_info |= MEASURED
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

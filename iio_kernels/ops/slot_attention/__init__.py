@@ -91,14 +91,9 @@ def slot_attention(
     _checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     name = _backends.choose(backend, _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask))
-    if name == "reference":
-        U, A = reference.slot_attention(q, k, v, slot_mask, input_mask, options)
-    else:
-        values = None if v is k else v
-        U, _, A = SlotAttentionFunction.apply(
-            q, k, values, None, slot_mask, input_mask, options, return_attention, name
-        )  # fmt: skip
-        U = U.to(v.dtype)
+    values = None if v is k else v
+    U, _, A = _attend(q, k, values, None, slot_mask, input_mask, options, return_attention, name)
+    U = U.to(v.dtype)
     return (U, A) if return_attention else U
 
 
@@ -173,9 +168,6 @@ def slot_attention_from_inputs(
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     device = _checks.same_device(x=x, q=q, wk=wk, bk=bk, wv=wv, bv=bv, slot_mask=slot_mask, input_mask=input_mask)
     name = _backends.choose(backend, device)
-    if name == "reference":
-        U, A = reference.slot_attention_from_inputs(x, q, wk, bk, wv, bv, slot_mask, input_mask, options)
-        return (U, A) if return_attention else U
     with without_autocast(device):
         dtype = arithmetic_dtype(x, q, wk, wv)
         queries = q.to(dtype)
@@ -183,7 +175,7 @@ def slot_attention_from_inputs(
             queries = queries.masked_fill(~slot_mask.unsqueeze(-1), 0)
         logit_bias = None if bk is None else options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
         inputs = x.expand(*q.shape[:-2], *x.shape[-2:])
-        U, S, A = SlotAttentionFunction.apply(
+        U, S, A = _attend(
             queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, name
         )
         U = U @ wv.to(dtype).mT
@@ -242,6 +234,14 @@ class SlotAttentionFunction(torch.autograd.Function):
             dU = U.new_zeros(()).expand(U.shape)
         kernels = _backends.implementation("slot_attention", ctx.backend)
         return *kernels.backward(dU, dS, dA, *inputs, U, S, ctx.options), *(None,) * 5
+
+
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`SlotAttentionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
+    *arguments, backend = arguments
+    if backend == "reference":
+        return reference.forward(*arguments)
+    return SlotAttentionFunction.apply(*arguments, backend)
 
 
 def _options(q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool) -> Options:

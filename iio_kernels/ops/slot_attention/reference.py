@@ -7,10 +7,9 @@
 
 (Locatello et al. 2020, "Object-Centric Learning with Slot Attention", eqs. 1 to 3 and algorithm 1.)
 
-`slot_attention` and `slot_attention_from_inputs` are what every backend is tested against; autograd differentiates
-them, any number of times. `forward` and `backward` are the pair that `SlotAttentionFunction` calls and every backend
-offers: between them they keep nothing of size N * K. Arithmetic is at least float32 whatever the storage type and
-autocast.
+`forward` and `backward` are the pair that `SlotAttentionFunction` calls and every backend offers: between them they
+keep nothing of size N * K. As the reference, autograd differentiates `forward` itself, any number of times. Arithmetic
+is at least float32 whatever the storage type and autocast.
 """
 
 from __future__ import annotations
@@ -32,39 +31,6 @@ class Options:
     eps_in: str
     normalize: str
     joint_heads: bool
-
-
-def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """U (..., K, Dv) and A (..., K, N), both in v's dtype."""
-    U, _, A = forward(q, k, v, None, slot_mask, input_mask, options, return_attention=True)
-    return U.to(v.dtype), A
-
-
-def slot_attention_from_inputs(
-    x: Tensor,
-    q: Tensor,
-    wk: Tensor,
-    bk: Tensor | None,
-    wv: Tensor,
-    bv: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """U (..., K, Dv) and A (..., K, N) of k = x wk^T + bk and v = x wv^T + bv, both in x's dtype."""
-    with without_autocast(x.device):
-        dtype = arithmetic_dtype(x, q, wk, wv)
-        inputs = x.to(dtype).expand(*q.shape[:-2], *x.shape[-2:])
-        if input_mask is not None:
-            # Before they are projected: a weight's gradient multiplies 0 by whatever padding holds.
-            inputs = inputs.masked_fill(~input_mask.unsqueeze(-1), 0)
-        k, v = inputs @ wk.to(dtype).mT, inputs @ wv.to(dtype).mT
-        k = k if bk is None else k + bk.to(dtype).unsqueeze(-2)
-        v = v if bv is None else v + bv.to(dtype).unsqueeze(-2)
-        U, A = slot_attention(q, k, v, slot_mask, input_mask, options)
-        return U.to(x.dtype), A.to(x.dtype)
 
 
 def forward(
