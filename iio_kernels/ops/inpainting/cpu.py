@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 
@@ -21,31 +19,32 @@ def loss_and_gradient(
     image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool, needs_masks_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each image's loss (B,) and its gradients: see `reference.loss_and_gradient`."""
-    return _ops.iio_loss(*_read(image, masks), *astuple(inpainter), needs_image_gradient, needs_masks_gradient)
+    return _ops.iio_loss(*_arguments(image, masks, inpainter), needs_image_gradient, needs_masks_gradient)
 
 
 def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     """H (B, K, 2^(K-1) - 1): see `reference.conditional_entropies`."""
-    return _ops.conditional_entropies(*_read(image, masks), *astuple(inpainter))
+    return _ops.conditional_entropies(*_arguments(image, masks, inpainter))
 
 
 def conditional_entropies_backward(
     grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients to image and masks from that to H."""
-    return _ops.conditional_entropies_backward(grad, *_read(image, masks), *astuple(inpainter), needs_image_gradient)
+    return _ops.conditional_entropies_backward(grad, *_arguments(image, masks, inpainter), needs_image_gradient)
 
 
 def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     """psi (B, M, C, H, W): see `reference.inpaint`."""
-    return _ops.inpaint(*_read(image, masks), *astuple(inpainter))
+    return _ops.inpaint(*_arguments(image, masks, inpainter))
 
 
 def inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
     """The gradients to image and masks from that to psi."""
-    return _ops.inpaint_backward(grad, *_read(image, masks), *astuple(inpainter))
+    return _ops.inpaint_backward(grad, *_arguments(image, masks, inpainter))
 
 
-def _read(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def _arguments(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor, float, int, int, float]:
     dtype = arithmetic_dtype(image, masks)
-    return image.to(dtype), masks.to(dtype)
+    options = inpainter.sigma, inpainter.kernel_size, inpainter.repeats, inpainter.eps
+    return image.to(dtype), masks.to(dtype), *options
