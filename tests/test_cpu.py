@@ -1,0 +1,668 @@
+"""The compiled CPU backend beyond the formula: operators, threads, instruction sets, memory, strides, training."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import literal
+import pytest
+import test_inpainting
+import test_slot_attention
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iio_kernels import (
+    _backends,
+    _build,
+    conditional_entropies,
+    iio_loss,
+    inpaint,
+    interaction_information,
+    slot_attention,
+    slot_attention_from_inputs,
+)
+from iio_kernels.ops.inpainting import spec as iio_spec
+from iio_kernels.ops.slot_attention import spec as attention_spec
+from models.slot_attention import SlotAttentionAutoEncoder
+
+pytestmark = pytest.mark.skipif(_build.missing() is not None, reason=f"no CPU kernels: {_build.missing()}")
+
+for op in ("slot_attention", "inpainting"):
+    _backends.implementation(op, "cpu")  # which defines the operators
+ops = torch.ops.iio_kernels
+ROOT = Path(__file__).parents[1]
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+each_dtype = pytest.mark.parametrize("dtype", (F32, F64, BF16), ids=lambda dtype: str(dtype).removeprefix("torch."))
+# torch.compile itself makes an instance of every Function that it traces.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# --- good calls of the raw operators ------------------------------------------------------------------------
+
+
+def attention(
+    dtype=F32, B=2, H=2, K=3, N=37, Dk=5, Dv=7, masks=True, bias=True, attention=True, **options
+) -> dict[str, object]:
+    """The arguments of slot_attention_forward; Dv = None: no values of their own."""
+    arithmetic = F64 if dtype == F64 else F32
+    random = torch.Generator().manual_seed(0)
+
+    def randn(*shape, dtype=arithmetic):
+        return torch.randn(shape, generator=random, dtype=F64).to(dtype)
+
+    options = {"scale": 0.5, "eps": 1e-3, "eps_in_weights": True, "normalize": True, "joint_heads": False} | options
+    return {
+        "q": randn(B, H, K, Dk),
+        "k": randn(B, H, N, Dk, dtype=dtype),
+        "v": None if Dv is None else randn(B, H, N, Dv, dtype=dtype),
+        "logit_bias": randn(B, H, K) if bias else None,
+        "slot_mask": torch.rand(B, H, K, generator=random) < 0.8 if masks else None,
+        "input_mask": torch.rand(B, H, N, generator=random) < 0.8 if masks else None,
+        **options,
+        "return_attention": attention,
+    }
+
+
+def attention_backward(**how) -> dict[str, object]:
+    arguments = attention(**how)
+    U, S, A = ops.slot_attention_forward(**arguments)
+    wanted = arguments.pop("return_attention")
+    random = torch.Generator().manual_seed(1)
+    dU, dS, dA = (torch.randn(x.shape, generator=random, dtype=F64).to(U.dtype) for x in (U, S, A))
+    return {"dU": dU, "dS": dS, "dA": dA if wanted else None, **arguments, "U": U, "S": S}
+
+
+def images(dtype=F32, B=2, C=3, K=3, H=11, W=13, **options) -> dict[str, object]:
+    """What all operators under the inpainting functions begin with."""
+    random = torch.Generator().manual_seed(0)
+    image = torch.rand(B, C, H, W, generator=random, dtype=F64).to(dtype)
+    masks = torch.randn(B, K, H, W, generator=random, dtype=F64).softmax(1).to(dtype)
+    return {"image": image, "masks": masks, "sigma": 2.0, "kernel_size": 5, "repeats": 2, "eps": 1e-3} | options
+
+
+def loss(wanted=(True, True), **how) -> dict[str, object]:
+    return images(**how) | {"image_gradient": wanted[0], "masks_gradient": wanted[1]}
+
+
+def with_gradient(operator: str, **how) -> dict[str, object]:
+    """The arguments of `operator`'s backward: a gradient to its result before its own."""
+    arguments = images(**how)
+    (result,) = call(operator, arguments)
+    return {"grad": torch.randn(result.shape, dtype=result.dtype), **arguments}
+
+
+def entropies_backward(wanted=True, **how) -> dict[str, object]:
+    return with_gradient("conditional_entropies", **how) | {"image_gradient": wanted}
+
+
+def inpaint_backward(**how) -> dict[str, object]:
+    return with_gradient("inpaint", **how)
+
+
+ATTENTION = {"slot_attention_forward": attention, "slot_attention_backward": attention_backward}
+INPAINTING = {
+    "iio_loss": loss,
+    "conditional_entropies": images,
+    "conditional_entropies_backward": entropies_backward,
+    "inpaint": images,
+    "inpaint_backward": inpaint_backward,
+}
+GOOD = ATTENTION | INPAINTING
+each_operator = pytest.mark.parametrize("operator", GOOD)
+
+
+def call(operator: str, arguments: dict[str, object]) -> tuple[Tensor, ...]:
+    results = getattr(ops, operator)(**arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def assert_same(got, expected) -> None:
+    """Bit for bit, shapes and dtypes included."""
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def without_nan(results) -> tuple[Tensor, ...]:
+    assert not any(x.isnan().any() for x in results)
+    return results
+
+
+# --- what torch asks of operators ---------------------------------------------------------------------------
+
+ATTENTION_HOW = [
+    {},
+    {"dtype": F64},
+    {"dtype": BF16},
+    {"Dv": None},
+    {"Dv": None, "dtype": BF16, "masks": False, "bias": False, "attention": False},
+    {"masks": False, "bias": False},
+    {"attention": False, "eps_in_weights": False},
+    {"joint_heads": True, "normalize": False},
+    {"N": 0},
+    {"B": 0},
+    {"Dv": 0},
+    {"B": 1, "H": 1, "K": 1, "N": 1, "Dk": 1, "Dv": 1},
+]
+INPAINTING_HOW = [
+    {},
+    {"dtype": F64},
+    {"K": 5, "C": 1},
+    {"K": 2, "C": 4, "repeats": 1, "eps": 0.0},
+    {"H": 1, "W": 1, "kernel_size": 1},
+    {"B": 0},
+]
+HOW = [
+    *((operator, how) for operator in ATTENTION for how in ATTENTION_HOW),
+    *((operator, how) for operator in INPAINTING for how in INPAINTING_HOW),
+    *(("iio_loss", {"wanted": wanted}) for wanted in ((True, False), (False, True), (False, False))),
+    ("conditional_entropies_backward", {"wanted": False}),
+    ("inpaint", {"K": 1}),
+    ("inpaint_backward", {"K": 1}),
+]
+
+
+@pytest.mark.parametrize(("operator", "how"), HOW, ids=str)
+def test_opcheck(operator, how):
+    torch.library.opcheck(getattr(ops, operator).default, (), GOOD[operator](**how))
+
+
+# --- threads and batches ------------------------------------------------------------------------------------
+
+#: Several chunks of inputs, the last one and its last block not full; images left over for 2 and for 5 threads.
+LARGE = [
+    *((operator, {"B": 3, "N": 2500, "Dk": 20, "Dv": 9, "dtype": d}) for operator in ATTENTION for d in (F32, BF16)),
+    *((operator, {"B": 3, "N": 1100, "K": 7, "joint_heads": True, "dtype": F64}) for operator in ATTENTION),
+    *((operator, {"B": 7, "N": 70, "H": 3, "Dv": None}) for operator in ATTENTION),
+    *((operator, {"B": 7, "H": 23, "W": 17}) for operator in INPAINTING),
+    *((operator, {"B": 3, "H": 23, "W": 32, "C": 4}) for operator in INPAINTING),
+    *((operator, {"B": 1, "K": 6, "H": 29, "W": 31, "dtype": F64}) for operator in INPAINTING),
+]
+each_large = pytest.mark.parametrize(("operator", "how"), LARGE, ids=str)
+
+
+@pytest.mark.parametrize("operators", [tuple(ATTENTION), *((name,) for name in INPAINTING)], ids=" ".join)
+def test_a_thousand_runs_on_two_threads_give_the_same_bits(operators, set_threads):
+    set_threads(2)
+    how = {"B": 3, "N": 1100, "K": 4, "Dk": 16, "Dv": 16} if operators[0] in ATTENTION else {"B": 3}
+    calls = [(operator, GOOD[operator](**how)) for operator in operators]
+    expected = [without_nan(call(*each)) for each in calls]
+    for _ in range(1000):
+        for each, results in zip(calls, expected, strict=True):
+            assert all(map(torch.equal, call(*each), results))
+
+
+@each_large
+def test_the_number_of_threads_changes_no_bit(operator, how, set_threads):
+    arguments = GOOD[operator](**how)
+    set_threads(1)
+    expected = without_nan(call(operator, arguments))
+    for threads in (2, 5):
+        set_threads(threads)
+        assert_same(call(operator, arguments), expected)
+
+
+@each_large
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_does_not_depend_on_the_others(operator, how, threads, set_threads):
+    set_threads(threads)
+    arguments = GOOD[operator](**how)
+    whole = without_nan(call(operator, arguments))
+    for b in range(how["B"]):
+        one = {name: x[b : b + 1] if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        assert_same(call(operator, one), [x[b : b + 1] if x.numel() else x for x in whole])
+
+
+@pytest.mark.parametrize(("dtype", "B"), [(F32, 33), (F64, 17)], ids=["float32", "float64"])
+def test_gradients_too_large_for_the_caches(dtype, B):
+    """Rows are then written past the caches, and hold the same bits."""
+    one = attention_backward(dtype=dtype, B=1, H=1, K=4, N=1030, Dk=64, Dv=64)
+    many = {name: x.expand(B, *x.shape[1:]) if isinstance(x, Tensor) else x for name, x in one.items()}
+    expected = without_nan(call("slot_attention_backward", one))
+    for x, y in zip(call("slot_attention_backward", many), expected, strict=True):
+        assert torch.equal(x, y.expand_as(x))
+
+
+# --- instruction sets ---------------------------------------------------------------------------------------
+
+#: Run in a process of its own: every call of a file, its results to another one.
+PROGRAM = """
+import sys, torch, iio_kernels
+from iio_kernels import _build
+results = []
+for name, tensors, incoming, options in torch.load(sys.argv[1]):
+    leaves = [x.requires_grad_() for x in tensors]
+    outputs = getattr(iio_kernels, name)(*leaves, backend="cpu", **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results.append([x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, incoming))])
+torch.save(results, sys.argv[2])
+print(_build.instruction_set())
+"""
+
+ATTENTION_CASES = ("plain", "narrow values", "wide values", "wide features", "one slot", "one feature", "zero eps", "sum")
+ATTENTION_CASES += ("denominator", "two batch dimensions", "joint heads, masks", "slot mask", "input mask", "both masks")
+IIO_CASES = ("plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall", "narrow")
+IIO_CASES += ("three times", "large eps", "zero eps")
+
+
+def has(instruction_set: str) -> bool:
+    """Whether this machine has it, as torch sees it."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    return instruction_set == "baseline" or widest == "AVX512" or (widest, instruction_set) == ("AVX2", "avx2")
+
+
+def start(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
+
+
+def attention_budget(case: attention_spec.Case, dtype: torch.dtype) -> tuple:
+    """A call, what the literal formula makes of it in float64 and in the storage type; then what may be off."""
+    tensors, options = case.make(dtype)
+    random = torch.Generator().manual_seed(2)
+    shapes = [(*tensors[0].shape[:-1], width) for width in (case.Dv, case.N)]
+    incoming = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
+    doubles = [x.double() for x in tensors], [x.double() for x in incoming]
+    truth = test_slot_attention.results(literal.slot_attention, *doubles, **options)
+    eager = test_slot_attention.results(literal.slot_attention, tensors, incoming, **options)
+    allowed = [attention_spec.allowed_error(x, y) for x, y in zip(truth, eager, strict=True)]
+    return ("slot_attention", tensors, incoming, {**options, "return_attention": True}), truth, allowed
+
+
+def iio_budget(case: iio_spec.Case, dtype: torch.dtype) -> tuple:
+    tensors, options = case.make(dtype)
+    arithmetic = F64 if dtype == F64 else F32
+    incoming = torch.linspace(-1, 2, case.B, dtype=arithmetic)
+    truth = test_inpainting.results(literal.iio_loss, *(x.double() for x in tensors), **options)
+    eager = test_inpainting.results(literal.iio_loss, *(x.to(arithmetic) for x in tensors), **options)
+    kinds = arithmetic, dtype, dtype
+    allowed = [iio_spec.allowed_error(x, y.to(kind)) for x, y, kind in zip(truth, eager, kinds, strict=True)]
+    return ("iio_loss", list(tensors), [incoming], {**options, "reduction": "none"}), truth, allowed
+
+
+@pytest.fixture(scope="module")
+def budgets() -> list[tuple]:
+    """Computed once for all instruction sets."""
+    cases = [(case, attention_budget) for case in attention_spec.CASES if case.name in ATTENTION_CASES]
+    cases += [(case, iio_budget) for case in iio_spec.CASES if case.name in IIO_CASES]
+    cases += [(iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32), iio_budget)]
+    return [(case, dtype, *budget(case, dtype)) for case, budget in cases for dtype in (F32, F64, BF16)]
+
+
+@pytest.mark.parametrize("name", _build.INSTRUCTION_SETS)
+def test_error_is_within_budget_with_every_instruction_set(name, budgets, tmp_path):
+    if not has(name):
+        pytest.skip(f"this machine has no {name}")
+    torch.save([each[2] for each in budgets], tmp_path / "calls")
+    done = start(PROGRAM, tmp_path / "calls", tmp_path / "results", IIO_KERNELS_ISA=name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [name]
+    for (case, dtype, _, truth, allowed), got in zip(budgets, torch.load(tmp_path / "results"), strict=True):
+        for i, (x, exact, most) in enumerate(zip(got, truth, allowed, strict=True)):
+            error = (x.double() - exact).abs().max().item()
+            if dtype == F64:
+                most = max(most, 1e-13 * exact.abs().max().item())
+            assert error <= most, f"{case}, {dtype}, result {i}: {error} > {most}"
+
+
+def test_an_instruction_set_that_does_not_exist():
+    program = """
+import torch, iio_kernels
+q, k, image, masks = (torch.rand(shape) for shape in ((1, 2, 4), (1, 5, 4), (1, 3, 11, 11), (1, 2, 11, 11)))
+for call in (lambda: iio_kernels.slot_attention(q, k, k), lambda: iio_kernels.iio_loss(image, masks)) * 2:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    done = start(program, IIO_KERNELS_ISA="sse9")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["IIO_KERNELS_ISA: expected baseline, avx2 or avx512, got sse9"] * 4
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+#: No size a multiple of a block, of a vector or of a tile.
+ODD = [
+    *(
+        (operator, {"N": N, "Dk": Dk, "Dv": Dv, "K": K, "dtype": dtype})
+        for operator in ATTENTION
+        for N, Dk, Dv, K in ((1, 1, 3, 1), (31, 15, 17, 2), (1057, 33, 1, 5), (45, 16, None, 9), (1025, 64, 64, 3))
+        for dtype in (F32, F64, BF16)
+    ),
+    *(
+        (operator, {"H": H, "W": W, "C": C, "K": K, "dtype": dtype})
+        for operator in INPAINTING
+        for H, W, C, K in ((5, 5, 1, 2), (7, 33, 3, 4), (17, 16, 4, 3), (13, 5, 5, 5))
+        for dtype in (F32, F64)
+    ),
+]
+each_odd = pytest.mark.parametrize(("operator", "how"), ODD, ids=str)
+
+
+@each_operator
+def test_memory_of_results_begins_as_nan(operator):
+    """conftest.py asks torch for it: what the operators allocate in C++ is filled too."""
+    arguments = GOOD[operator]()
+    with torch.autograd.profiler.profile() as profile:
+        call(operator, arguments)
+    names = [event.name for event in profile.function_events]
+    assert names.count("aten::fill_") == names.count("aten::empty") >= 2
+
+
+@each_odd
+def test_results_are_written_to_the_last_number(operator, how):
+    without_nan(call(operator, GOOD[operator](**how)))
+
+
+@pytest.fixture
+def fill_memory():
+    """A function that makes malloc fill all memory that it gives out with a byte: the kernels' own workspace too."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's malloc fills memory")
+    libc = ctypes.CDLL(None)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    def fill(byte: int) -> None:
+        assert libc.mallopt(-6, byte ^ 0xFF) == 1  # M_PERTURB
+        assert (torch.empty(5000, dtype=torch.uint8) == byte).all()
+
+    yield fill
+    libc.mallopt(-6, 0)
+
+
+@pytest.mark.parametrize(("operator", "how"), ODD + LARGE, ids=str)
+def test_results_do_not_depend_on_what_fresh_memory_holds(operator, how, fill_memory):
+    arguments = GOOD[operator](**how)
+    expected = without_nan(call(operator, arguments))
+    for byte in (0x7F, 0xFE):  # the largest numbers of either sign
+        fill_memory(byte)
+        assert_same(call(operator, arguments), expected)
+
+
+def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x amid NaN (True for a mask), and all of that memory."""
+    memory = torch.full((x.numel() + 130,), float("nan")).to(x.dtype)
+    return memory[65:-65].view(x.shape).copy_(x), memory
+
+
+@pytest.mark.parametrize(("operator", "how"), ODD + LARGE, ids=str)
+def test_what_is_given_is_not_written_to_and_nothing_beside_it_read(operator, how):
+    arguments = GOOD[operator](**how)
+    expected = without_nan(call(operator, arguments))
+    pairs = {name: surrounded(x) for name, x in arguments.items() if isinstance(x, Tensor)}
+    before = {name: memory.clone() for name, (_, memory) in pairs.items()}
+    assert_same(call(operator, arguments | {name: x for name, (x, _) in pairs.items()}), expected)
+    for name, (_, memory) in pairs.items():
+        assert torch.equal(memory.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+# --- wrong calls of the raw operators -----------------------------------------------------------------------
+
+MUTATIONS = {
+    "a dimension more": lambda x: x.unsqueeze(0),
+    "a dimension less": lambda x: x[0],
+    "int64": lambda x: x.to(torch.int64),
+    "float16": lambda x: x.half(),
+    **{f"size {d} one more": lambda x, d=d: torch.cat([x, x.narrow(d, 0, 1)], d) for d in range(5)},
+    **{f"size {d} zero": lambda x, d=d: x.narrow(d, 0, 0) for d in range(5)},
+}
+#: Sizes that no other argument shares: Dv, C and K of a forward operator.
+FREE = {("slot_attention_forward", "v", 3)}
+FREE |= {(operator, "image", 1) for operator in INPAINTING if operator != "inpaint_backward"}
+FREE |= {(operator, "masks", 1) for operator in INPAINTING if not operator.endswith("backward")}
+
+
+def wrong_tensors():
+    for operator in GOOD:
+        for name, x in GOOD[operator]().items():
+            for mutation in MUTATIONS if isinstance(x, Tensor) else ():
+                d = int(mutation.split()[1]) if mutation.startswith("size") else 0
+                free = (operator, name, d) in FREE and mutation.endswith("more")
+                if d < x.dim() and not free and not (name == "v" and d == 3 and operator.endswith("forward")):
+                    yield operator, name, mutation
+
+
+def words(error: pytest.ExceptionInfo) -> str:
+    """The message, without the place in the source that torch puts before it."""
+    return re.sub(r"^.*\.cpp:\d+, ", "", str(error.value))
+
+
+@pytest.mark.parametrize(("operator", "name", "mutation"), wrong_tensors())
+def test_a_wrong_tensor_is_refused(operator, name, mutation):
+    arguments = GOOD[operator]()
+    arguments[name] = MUTATIONS[mutation](arguments[name])
+    with pytest.raises(RuntimeError) as caught:
+        call(operator, arguments)
+    # Of two that do not fit each other either may be named.
+    names = [other for other, x in arguments.items() if isinstance(x, Tensor)] if "size" in mutation else [name]
+    assert re.search(rf"\b({'|'.join(names)})(ient)?\b", words(caught)), words(caught)
+
+
+WRONG_OPTIONS = [
+    *(("sigma", sigma) for sigma in (0.0, -1.0, float("nan"))),
+    *(("kernel_size", size) for size in (4, 0, -1, -3, 13, 2**40 + 1)),
+    *(("repeats", repeats) for repeats in (0, -1)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS)
+@pytest.mark.parametrize("operator", INPAINTING)
+def test_a_wrong_option_is_refused(operator, name, value):
+    with pytest.raises(RuntimeError) as caught:
+        call(operator, GOOD[operator]() | {name: value})
+    assert words(caught).startswith(name)
+
+
+@pytest.mark.parametrize("K", [1, 17, 70])
+@pytest.mark.parametrize("operator", ["iio_loss", "conditional_entropies", "conditional_entropies_backward"])
+def test_a_wrong_number_of_masks_is_refused(operator, K):
+    arguments = GOOD[operator]()
+    arguments["masks"] = torch.rand(2, K, 11, 13)
+    with pytest.raises(RuntimeError, match=f"expected 2 to 16 masks, got {K}"):
+        call(operator, arguments)
+
+
+# --- strides ------------------------------------------------------------------------------------------------
+
+
+def restrided(x: Tensor, how: str) -> Tensor:
+    return x.flatten()[0].expand(x.shape) if how == "of one number" else test_slot_attention._strided(x, how)
+
+
+each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads", "of one number"])
+STRIDED = [
+    *((operator, {"N": 1100, "Dk": 16, "Dv": 6, "dtype": d}) for operator in ATTENTION for d in (F32, BF16)),
+    *((operator, {"N": 37, "Dv": None, "joint_heads": True}) for operator in ATTENTION),
+    *((operator, {}) for operator in INPAINTING),
+]
+
+
+@each_stride
+@pytest.mark.parametrize(("operator", "sizes"), STRIDED, ids=str)
+def test_strides_change_no_bit(operator, sizes, how):
+    """Of any tensor that a raw operator takes."""
+    arguments = GOOD[operator](**sizes)
+    views = {name: restrided(x, how) for name, x in arguments.items() if isinstance(x, Tensor)}
+    assert not any(x.is_contiguous() for x in views.values())
+    dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in views.items()}
+    assert_same(call(operator, arguments | views), without_nan(call(operator, arguments | dense)))
+
+
+@each_stride
+@pytest.mark.parametrize("function", [conditional_entropies, interaction_information, inpaint])
+def test_strided_incoming_gradients(function, how):
+    tensors, _ = iio_spec.Case("strided", K=5, H=19, W=21).make()
+    leaves = [x.requires_grad_() for x in tensors]
+    y = function(*leaves, backend="cpu")
+    grad = restrided(torch.randn(y.shape, dtype=F64), how)
+    assert not grad.is_contiguous()
+    expected = torch.autograd.grad(y, leaves, grad.contiguous(), retain_graph=True)
+    assert_same(torch.autograd.grad(y, leaves, grad), without_nan(expected))
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads"])
+@pytest.mark.parametrize("function", [conditional_entropies, interaction_information, inpaint])
+def test_strided_images_and_masks(function, how):
+    tensors, _ = iio_spec.Case("strided", B=3, H=19, W=21).make()
+    views = [restrided(x, how).detach() for x in tensors]
+    results = []
+    for inputs in (views, [x.contiguous() for x in views]):
+        leaves = [x.requires_grad_() for x in inputs]
+        y = function(*leaves, backend="cpu")
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_reduced_losses(reduction):
+    """Their incoming gradient is one number, seen as many."""
+    (image, masks), _ = iio_spec.Case("reduced", B=5, K=3).make()
+    leaves = image.requires_grad_(), masks.requires_grad_()
+    losses = iio_loss(*leaves, reduction="none", backend="cpu")
+    expected = torch.autograd.grad(losses, leaves, torch.full((5,), 2 / 5 if reduction == "mean" else 2).double())
+    loss = iio_loss(*leaves, reduction=reduction, backend="cpu").expand(2)
+    assert_same(torch.autograd.grad(loss.sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_strided_queries_keys_and_values(how, dtype):
+    """Several chunks of inputs."""
+    tensors, options = attention_spec.Case("strided", batch=(2, 2), N=1100, Dv=6, inputs="some").make(dtype)
+    views = [restrided(x, how) for x in tensors]
+    dense = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    results = []
+    for inputs in (views, dense):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = slot_attention(*leaves, return_attention=True, backend="cpu", **options)
+        incoming = [restrided(torch.linspace(-1, 1, x.numel()).view(x.shape).to(x), "transposed") for x in outputs]
+        results.append((*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, incoming)))
+    assert_same(results[0], without_nan(results[1]))
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------
+
+
+@compiles
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("function", [slot_attention, iio_loss], ids=lambda function: function.__name__)
+def test_compiles_to_code(function, dynamic):
+    """All the way through Inductor, forward and backward."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: function(*x, backend="cpu"), fullgraph=True, dynamic=dynamic)
+    for size in (13, 16) if dynamic else (13,):
+        case = attention_spec.Case("compiled", N=size) if function is slot_attention else iio_spec.Case("", K=2, H=size)
+        tensors, _ = case.make(F32)
+        leaves = [x.requires_grad_() for x in tensors]
+        y, expected = compiled(*leaves), function(*leaves, backend="cpu")
+        torch.testing.assert_close(y, expected)
+        grad = torch.randn(y.shape)
+        for x, exact in zip(*(torch.autograd.grad(out, leaves, grad) for out in (y, expected)), strict=True):
+            torch.testing.assert_close(x, exact)
+
+
+# --- derivatives --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [conditional_entropies, interaction_information])
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_gradcheck_of_entropies(function, K):
+    options = {"sigma": 1.0, "kernel_size": 3, "eps": 1e-3}
+    tensors, options = iio_spec.Case("small", B=1, C=2, K=K, H=4, W=5, options=options).make()
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda *x: function(*x, backend="cpu", **options), leaves)
+
+
+@pytest.mark.parametrize("case", test_slot_attention.SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_gradcheck_from_inputs(case, biases):
+    tensors, options = test_slot_attention.from_inputs(case, "cpu", biases)
+    leaves = [x if x is None else x.requires_grad_() for x in tensors]
+
+    def function(*leaves):
+        return slot_attention_from_inputs(*leaves, return_attention=True, backend="cpu", **options)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# --- any shape ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    K=st.integers(1, 16),
+    N=st.one_of(st.integers(0, 3000), st.sampled_from([0, 1, 32, 33, 1024, 1025, 2048, 2049])),
+    Dk=st.integers(1, 70),
+    Dv=st.integers(1, 70),
+    options=st.sampled_from([{}, {"eps_in": "denominator"}, {"normalize": "sum"}, {"eps": 0.5}]),
+    slots=st.sampled_from(["all", "some", "shared"]),
+    inputs=st.sampled_from(["all", "some", "shared", "none"]),
+    joint_heads=st.booleans(),
+)
+def test_any_large_shape(batch, K, N, Dk, Dv, options, slots, inputs, joint_heads):
+    options = options | {"joint_heads": joint_heads and len(batch) > 0}
+    case = attention_spec.Case("any", batch, K, N, Dk, Dv, options, slots, inputs)
+    tensors, options = case.make(F32)
+    got = test_slot_attention.run(tensors, "cpu", **options)
+    eager = test_slot_attention.run(tensors, "reference", **options)
+    truth = test_slot_attention.run([x.double() for x in tensors], "reference", **options)
+    for name, x, plain, exact in zip(test_slot_attention.NAMES, got, eager, truth, strict=True):
+        assert x.shape == exact.shape
+        if exact.numel():
+            allowed = attention_spec.allowed_error(exact, plain)
+            assert (x.double() - exact).abs().max() <= allowed, name
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def loss_curve(backend: str, dtype: torch.dtype, monkeypatch) -> Tensor:
+    """30 steps of a small autoencoder: 20 that reconstruct, 10 with the IIO loss."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_backends, "BACKENDS", {backend: _backends.BACKENDS[backend]})  # "auto" takes it
+        torch.manual_seed(0)
+        sizes = {"channels": 8, "kernel_size": 3, "slot_size": 16, "mlp_size": 16, "num_slots": 3}
+        model = SlotAttentionAutoEncoder((12, 13), **sizes).to(dtype)
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        images = torch.rand(30, 4, 3, 12, 13, dtype=dtype)
+        curve = []
+        for step, image in enumerate(images):
+            slots = model.slot_attention.draw(4, 3)
+            slots, _ = model.slot_attention(model.encoder(2 * image - 1), slots, iterations=3)
+            components, alpha = model.decoder(slots).split([3, 1], 2)
+            masks = alpha.softmax(1)
+            if step < 20:
+                loss = (2 * image - 1 - (masks * components).sum(1)).square().mean()
+            else:
+                loss = iio_loss(image, masks.squeeze(2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+    return torch.stack(curve)
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(F64, 1e-9), (F32, 1e-3)], ids=["float64", "float32"])
+def test_training_follows_the_reference(dtype, relative, monkeypatch):
+    got, expected = (loss_curve(backend, dtype, monkeypatch) for backend in ("cpu", "reference"))
+    assert expected[19] < expected[0]
+    torch.testing.assert_close(got, expected, rtol=relative, atol=0)
