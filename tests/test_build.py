@@ -261,6 +261,18 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(shipped, tmp_path):
 # --- memory and undefined behaviour -------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
+def test_it_compiles_for_arm64(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "INSTRUCTION_SETS", {"baseline": []})
+    compile_all, link = _build.commands("aarch64-linux-gnu-g++", tmp_path)
+    link = [part for part in link if not part.startswith(("-l", "-L"))]  # torch's own libraries are this machine's
+    with _build.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_build._call, compile_all))
+    _build._call(link)
+    machine = (tmp_path / "library.so").read_bytes()[18:20]
+    assert int.from_bytes(machine, "little") == 183  # EM_AARCH64
+
+
 def sanitizer_runtime(compiler: str) -> str | None:
     """The AddressSanitizer library, which must be loaded before Python; None where there is none."""
     done = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import literal
@@ -33,7 +34,8 @@ from iio_kernels.ops.inpainting import spec as iio_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 from models.slot_attention import SlotAttentionAutoEncoder
 
-pytestmark = pytest.mark.skipif(_build.missing() is not None, reason=f"no CPU kernels: {_build.missing()}")
+if _build.missing() is not None:
+    pytest.skip(f"no CPU kernels: {_build.missing()}", allow_module_level=True)
 
 for op in ("slot_attention", "inpainting"):
     _backends.implementation(op, "cpu")  # which defines the operators
@@ -430,7 +432,7 @@ FREE |= {(operator, "image", 1) for operator in INPAINTING if operator != "inpai
 FREE |= {(operator, "masks", 1) for operator in INPAINTING if not operator.endswith("backward")}
 
 
-def wrong_tensors():
+def wrong_tensors() -> Iterator[tuple[str, str, str]]:
     for operator in GOOD:
         for name, x in GOOD[operator]().items():
             for mutation in MUTATIONS if isinstance(x, Tensor) else ():
@@ -445,7 +447,7 @@ def words(error: pytest.ExceptionInfo) -> str:
     return re.sub(r"^.*\.cpp:\d+, ", "", str(error.value))
 
 
-@pytest.mark.parametrize(("operator", "name", "mutation"), wrong_tensors())
+@pytest.mark.parametrize(("operator", "name", "mutation"), list(wrong_tensors()))
 def test_a_wrong_tensor_is_refused(operator, name, mutation):
     arguments = GOOD[operator]()
     arguments[name] = MUTATIONS[mutation](arguments[name])
