@@ -272,7 +272,9 @@ class IIOLossFunction(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
         image, masks, *gradients = ctx.saved_tensors
         grad = grad[:, None, None, None]
         scaled = tuple(None if x is None else grad * x for x in _needed(ctx, *gradients))
