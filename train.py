@@ -203,8 +203,8 @@ def resolve(config: Config) -> Config:
             raise UsageError(f"{option(name)}: expected a number >= 0, got {value}")
     if config.kernel_size % 2 == 0 or config.kernel_size < 1:
         raise UsageError(f"--kernel-size: expected an odd number, got {config.kernel_size}")
-    if config.fine_tune == "iio" and not 2 <= config.num_slots <= 12:
-        raise UsageError(f"--num-slots: the IIO loss takes 2 to 12 masks, got {config.num_slots}")
+    if config.fine_tune == "iio" and not 2 <= config.num_slots <= 16:
+        raise UsageError(f"--num-slots: the IIO loss takes 2 to 16 masks, got {config.num_slots}")
     if not 0 <= config.seed < 2**31:
         raise UsageError(f"--seed: expected a number in [0, 2**31), got {config.seed}")
     if precision == "bf16" and not multiplies_bfloat16(device):
