@@ -23,7 +23,7 @@ _SHARED = {
         TypeError: a tensor is none of floating point, or an option has the wrong type.
         ValueError: shapes or devices do not fit, or an option has a value that does not exist.
         RuntimeError: the backend asked for by name cannot be used on this machine.""",
-    "source": """Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 3.1.""",
+    "source": """Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 2.2.""",
 }
 
 

@@ -5,7 +5,7 @@
     error   = mean over channels and pixels of (x_hat_c - x_c)^2
 
 at every pixel, with decoded = (rgb, alpha) and the image x. (Locatello et al. 2020, "Object-Centric Learning with Slot
-Attention", section 3.1.)
+Attention", section 2.2.)
 
 `forward` and `backward` are the pair that `CompositionFunction` calls and every backend offers: between them they keep
 nothing that was not asked for. As the reference, autograd differentiates `forward` itself, any number of times.
@@ -57,7 +57,7 @@ def backward(
         da = torch.zeros_like(a) if da is None else da
         d_image = None
         if g is not None:
-            through_error = 2 * g[:, None, None, None] * (x_hat - x) / x[0].numel()
+            through_error = 2 * g[:, None, None, None] * (x_hat - x) / x.shape[1:].numel()
             d_x_hat = d_x_hat + through_error
             d_image = -through_error.to(image.dtype) if needs_image_gradient else None
         da = da + (d_x_hat.unsqueeze(1) * rgb).sum(2)

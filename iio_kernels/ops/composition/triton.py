@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iio_kernels._numerics import arithmetic_dtype
 from iio_kernels.ops.composition import schema
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -209,7 +210,7 @@ def forward(
     decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x_hat, a and errors: see `reference.forward`."""
-    x_hat, a, errors = _ops.composition_forward(decoded, image, return_reconstruction, return_masks)
+    x_hat, a, errors = _ops.composition_forward(*_inputs(decoded, image), return_reconstruction, return_masks)
     return x_hat if return_reconstruction else None, a if return_masks else None, None if image is None else errors
 
 
@@ -223,5 +224,12 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients to decoded and image: see `reference.backward`."""
     needs_image_gradient = needs_image_gradient and g is not None
-    d_decoded, d_image = _ops.composition_backward(d_x_hat, da, g, decoded, image, needs_image_gradient)
+    d_decoded, d_image = _ops.composition_backward(d_x_hat, da, g, *_inputs(decoded, image), needs_image_gradient)
     return d_decoded.to(decoded.dtype), d_image.to(image.dtype) if needs_image_gradient else None
+
+
+def _inputs(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as they are stored; but what meets a float64 becomes one."""
+    if arithmetic_dtype(decoded, image) == torch.float64:
+        return decoded.double(), None if image is None else image.double()
+    return decoded, image
