@@ -220,8 +220,7 @@ def test_gradcheck(K, backend, device):
 @pytest.mark.parametrize("output", ["error", "masks", "reconstruction", "sum"])
 def test_second_derivatives_are_the_references_alone(output, backend, device):
     """Also where the incoming gradient is a constant, as that of a sum: nothing passes silently for 0."""
-    image, decoded = Case("twice").make(device=device)
-    decoded.requires_grad_()
+    image, decoded = (x.requires_grad_() for x in Case("twice").make(device=device))
     error, masks = composition_error(image, decoded, return_masks=True, backend=backend)
     reconstruction, _ = compose(decoded, backend=backend)
     loss = {
@@ -231,12 +230,28 @@ def test_second_derivatives_are_the_references_alone(output, backend, device):
         "sum": reconstruction.sum(),
     }[output]
     penalty = torch.autograd.grad(loss, decoded, create_graph=True)[0].square().sum()
-    if backend == "reference":
-        penalty.backward()
-        assert decoded.grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
-            penalty.backward()
+    pairs = [(penalty, decoded), (loss + penalty, decoded)]
+    if output == "error":  # of an input that the gradient in question is not to
+        pairs.append((penalty, image))
+    for y, x in pairs:
+        if backend == "reference":
+            assert torch.autograd.grad(y, x, retain_graph=True)[0].abs().max() > 0
+        else:
+            with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
+                torch.autograd.grad(y, x, retain_graph=True)
+
+
+def test_functional_gradient(backend, device):
+    image, decoded = Case("functional").make(device=device)
+
+    def loss(image, decoded):
+        error, masks = composition_error(image, decoded, return_masks=True, backend=backend)
+        return error + masks.square().sum() + compose(decoded, backend=backend)[0].square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (image, decoded)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for x, y in zip(torch.func.grad(loss, argnums=(0, 1))(image, decoded), expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 # --- layout -------------------------------------------------------------------------------------------------

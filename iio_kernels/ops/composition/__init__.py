@@ -140,18 +140,16 @@ class CompositionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        decoded: Tensor,
-        image: Tensor | None,
-        return_reconstruction: bool,
-        return_masks: bool,
-        backend: str,
+        decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool, backend: str
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        ctx.save_for_backward(decoded, image)
-        ctx.set_materialize_grads(False)
-        ctx.backend = backend
         kernels = _backends.implementation("composition", backend)
         return kernels.forward(decoded, image, return_reconstruction, return_masks)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+        decoded, image, _, _, ctx.backend = inputs
+        ctx.save_for_backward(decoded, image)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
