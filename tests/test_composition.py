@@ -67,20 +67,20 @@ def assert_all_close(got, expected, relative: float = 1e-12) -> None:
 
 @each_case
 def test_error_equals_the_literal_formula(case, backend, device):
-    tensors = case.make(device=device)
+    tensors = case.make(device=device)[0]
     assert_all_close(run(*tensors, backend), results(literal.composition_error, *tensors))
 
 
 @each_case
 def test_reconstruction_equals_the_literal_formula(case, backend, device):
-    tensors = case.make(device=device)
+    tensors = case.make(device=device)[0]
     assert_all_close(composed(*tensors, backend), composed(*tensors))
 
 
 @each_case
 @each_dtype
 def test_rounding_is_within_budget(case, dtype, backend, device):
-    image, decoded = case.make(dtype, device)
+    image, decoded = case.make(dtype, device)[0]
     for ours, formula in ((run, lambda *x: results(literal.composition_error, *x)), (composed, composed)):
         got = ours(image, decoded, backend)
         eager, truth = (formula(image.to(kind), decoded.to(kind)) for kind in (torch.float32, torch.float64))
@@ -95,7 +95,7 @@ def test_rounding_is_within_budget(case, dtype, backend, device):
 @pytest.mark.parametrize(("image_dtype", "decoded_dtype"), [(32, 16), (16, 32), (64, 32), (64, 0), (0, 64), (0, 16)])
 def test_mixed_dtypes(image_dtype, decoded_dtype, backend, device):
     kinds = {0: torch.bfloat16, 16: torch.float16, 32: torch.float32, 64: torch.float64}
-    image, decoded = Case("mixed").make(torch.float16, device)
+    image, decoded = Case("mixed").make(torch.float16, device)[0]
     image, decoded = image.to(kinds[image_dtype]), decoded.to(kinds[decoded_dtype])
     got = run(image, decoded, backend)
     wide = kinds[max(image_dtype, decoded_dtype, 32)]
@@ -106,7 +106,7 @@ def test_mixed_dtypes(image_dtype, decoded_dtype, backend, device):
 
 
 def test_error_is_that_of_the_reconstruction(backend, device):
-    image, decoded = Case("both").make(device=device)
+    image, decoded = Case("both").make(device=device)[0]
     reconstruction, masks = compose(decoded, backend=backend)
     error, same_masks = composition_error(image, decoded, return_masks=True, backend=backend)
     assert torch.equal(masks, same_masks)
@@ -115,7 +115,7 @@ def test_error_is_that_of_the_reconstruction(backend, device):
 
 
 def test_reductions(backend, device):
-    image, decoded = Case("reduced", B=3).make(device=device)
+    image, decoded = Case("reduced", B=3).make(device=device)[0]
     errors = composition_error(image, decoded, reduction="none", backend=backend)
     assert errors.shape == (3,)
     for reduction in ("mean", "sum"):
@@ -125,7 +125,7 @@ def test_reductions(backend, device):
 
 
 def test_no_images(backend, device):
-    image, decoded = Case("none", B=0).make(device=device)
+    image, decoded = Case("none", B=0).make(device=device)[0]
     assert composition_error(image, decoded, backend=backend).isnan()
     assert composition_error(image, decoded, reduction="sum", backend=backend) == 0
     error, masks, dimage, ddecoded = run(image, decoded, backend)
@@ -135,7 +135,7 @@ def test_no_images(backend, device):
 @pytest.mark.parametrize("used", ["error", "masks", "reconstruction", "masks beside it"])
 def test_gradient_of_one_output_alone(used, backend, device):
     """The other's incoming gradient is absent, not zero."""
-    image, decoded = Case("one output").make(device=device)
+    image, decoded = Case("one output").make(device=device)[0]
     at = {"error": 0, "masks": 1, "reconstruction": 0, "masks beside it": 1}[used]
     options = {"backend": backend}
     gradients = []
@@ -153,7 +153,7 @@ def test_gradient_of_one_output_alone(used, backend, device):
 
 @pytest.mark.parametrize("wanted", ["image", "decoded"])
 def test_gradient_of_one_input_alone(wanted, backend, device):
-    tensors = dict(zip(("image", "decoded"), Case("one input").make(device=device), strict=True))
+    tensors = dict(zip(("image", "decoded"), Case("one input").make(device=device)[0], strict=True))
     incoming = [torch.ones(2).to(tensors["image"]), torch.zeros(2, 4, 13, 12).to(tensors["image"])]
     everything = dict(zip(NAMES, run(*tensors.values(), backend, incoming), strict=True))
     leaf = tensors[wanted].requires_grad_()
@@ -163,7 +163,7 @@ def test_gradient_of_one_input_alone(wanted, backend, device):
 
 
 def test_results_without_gradients(backend, device):
-    image, decoded = Case("inference").make(device=device)
+    image, decoded = Case("inference").make(device=device)[0]
     plain = composition_error(image, decoded, backend=backend)
     assert not plain.requires_grad
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_results_without_gradients(backend, device):
 
 
 def test_order_of_slots_and_channels_does_not_matter(backend, device):
-    image, decoded = Case("order", K=7).make(device=device)
+    image, decoded = Case("order", K=7).make(device=device)[0]
     order = torch.randperm(7, device=device)
     error, masks, dimage, ddecoded = run(image, decoded, backend)
     d_error, d_masks = random_like(error, masks)
@@ -186,14 +186,14 @@ def test_order_of_slots_and_channels_does_not_matter(backend, device):
 
 
 def test_only_differences_between_alphas_matter(backend, device):
-    image, decoded = Case("shifted").make(device=device)
+    image, decoded = Case("shifted").make(device=device)[0]
     shifted = decoded.clone()
     shifted[:, :, -1] += torch.randn(2, 1, 13, 12).to(decoded)
     assert_all_close(run(image, shifted, backend), run(image, decoded, backend))
 
 
 def test_one_slot_is_the_picture_itself(backend, device):
-    image, decoded = Case("alone", K=1).make(device=device)
+    image, decoded = Case("alone", K=1).make(device=device)[0]
     reconstruction, masks = compose(decoded.requires_grad_(), backend=backend)
     assert torch.equal(reconstruction, decoded[:, 0, :-1])
     assert (masks == 1).all()
@@ -206,7 +206,7 @@ def test_one_slot_is_the_picture_itself(backend, device):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_gradcheck(K, backend, device):
-    leaves = [x.requires_grad_() for x in Case("small", K=K, C=2, H=2, W=3).make(device=device)]
+    leaves = [x.requires_grad_() for x in Case("small", K=K, C=2, H=2, W=3).make(device=device)[0]]
 
     def error(image, decoded):
         return composition_error(image, decoded, reduction="none", return_masks=True, backend=backend)
@@ -220,7 +220,7 @@ def test_gradcheck(K, backend, device):
 @pytest.mark.parametrize("output", ["error", "masks", "reconstruction", "sum"])
 def test_second_derivatives_are_the_references_alone(output, backend, device):
     """Also where the incoming gradient is a constant, as that of a sum: nothing passes silently for 0."""
-    image, decoded = (x.requires_grad_() for x in Case("twice").make(device=device))
+    image, decoded = (x.requires_grad_() for x in Case("twice").make(device=device)[0])
     error, masks = composition_error(image, decoded, return_masks=True, backend=backend)
     reconstruction, _ = compose(decoded, backend=backend)
     loss = {
@@ -242,7 +242,7 @@ def test_second_derivatives_are_the_references_alone(output, backend, device):
 
 
 def test_functional_gradient(backend, device):
-    image, decoded = Case("functional").make(device=device)
+    image, decoded = Case("functional").make(device=device)[0]
 
     def loss(image, decoded):
         error, masks = composition_error(image, decoded, return_masks=True, backend=backend)
@@ -291,7 +291,7 @@ each_stride = pytest.mark.parametrize("how", STRIDES)
 @each_stride
 @pytest.mark.parametrize("C", [3, 2])
 def test_strided_inputs(how, C, backend, device):
-    tensors = Case("strided", B=3, C=C).make(device=device)
+    tensors = Case("strided", B=3, C=C).make(device=device)[0]
     views = [_strided(x, how) for x in tensors]
     assert not any(x.is_contiguous() for x in views)
     expected = run(*(x.clone(memory_format=torch.contiguous_format) for x in views), backend)
@@ -303,7 +303,7 @@ def test_strided_inputs(how, C, backend, device):
 @each_stride
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_strided_incoming_gradients(how, channels_last, backend, device):
-    image, decoded = Case("strided", B=3, channels_last=channels_last).make(device=device)
+    image, decoded = Case("strided", B=3, channels_last=channels_last).make(device=device)[0]
     for ours in (run, composed):
         outputs = ours(image, decoded, backend)[:2]
         incoming = [_strided(x, how) if x.dim() == 4 else x[:1].expand(3) for x in random_like(*outputs)]
@@ -313,7 +313,7 @@ def test_strided_incoming_gradients(how, channels_last, backend, device):
 
 
 def test_sum_sends_gradients_of_stride_zero(backend, device):
-    image, decoded = Case("stride 0").make(device=device)
+    image, decoded = Case("stride 0").make(device=device)[0]
     expected = composed(image, decoded, backend, [torch.ones_like(x) for x in compose(decoded)])
     leaf = decoded.clone().requires_grad_()
     reconstruction, masks = compose(leaf, backend=backend)
@@ -326,7 +326,7 @@ def test_sum_sends_gradients_of_stride_zero(backend, device):
 @pytest.mark.parametrize("C", [1, 3])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_gradient_has_decodeds_layout(dtype, C, channels_last, backend, device):
-    image, decoded = Case("layout", C=C, channels_last=channels_last).make(dtype, device)
+    image, decoded = Case("layout", C=C, channels_last=channels_last).make(dtype, device)[0]
     gradient = run(image, decoded, backend)[3]
     assert gradient.dtype == dtype
     assert gradient.stride() == decoded.stride()
@@ -334,7 +334,7 @@ def test_the_gradient_has_decodeds_layout(dtype, C, channels_last, backend, devi
 
 def test_channels_last_images_of_all_slots(backend, device):
     """As a decoder makes them: (B * K, C + 1, H, W) in channels-last memory, then seen as (B, K, C + 1, H, W)."""
-    image, decoded = Case("decoder").make(torch.float32, device)
+    image, decoded = Case("decoder").make(torch.float32, device)[0]
     flat = decoded.flatten(0, 1).contiguous(memory_format=torch.channels_last).requires_grad_()
     error = composition_error(image, flat.unflatten(0, (2, 4)), backend=backend)
     (gradient,) = torch.autograd.grad(error, flat)
@@ -349,7 +349,7 @@ def test_channels_last_images_of_all_slots(backend, device):
 def test_offsets_beyond_32_bits(far, backend, device):
     """In memory that is never touched, so that it costs nothing."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    image, decoded = Case("far", B=1, K=2, C=2, H=3, W=5).make(torch.bfloat16, device)
+    image, decoded = Case("far", B=1, K=2, C=2, H=3, W=5).make(torch.bfloat16, device)[0]
     x = decoded if far == "slots" else image
     try:
         memory = torch.empty(2**31 + x[0, 0].numel(), dtype=x.dtype, device=device)
@@ -372,7 +372,7 @@ def run_in_place(image, decoded, backend: str) -> tuple[Tensor, ...]:
 
 @each_dtype
 def test_large_alphas_do_not_overflow(dtype, backend, device):
-    image, decoded = Case("large").make(dtype, device)
+    image, decoded = Case("large").make(dtype, device)[0]
     decoded[:, :, -1] *= 300
     error, masks, *gradients = run(image, decoded, backend)
     torch.testing.assert_close(masks, decoded[:, :, -1].float().softmax(1))
@@ -380,7 +380,7 @@ def test_large_alphas_do_not_overflow(dtype, backend, device):
 
 
 def test_a_slot_with_an_alpha_of_minus_infinity_takes_no_part(backend, device):
-    image, decoded = Case("closed").make(device=device)
+    image, decoded = Case("closed").make(device=device)[0]
     decoded[:, 1, -1] = float("-inf")
     others = [0, 2, 3]
     error, masks, dimage, ddecoded = run(image, decoded, backend)
@@ -394,7 +394,7 @@ def test_a_slot_with_an_alpha_of_minus_infinity_takes_no_part(backend, device):
 @pytest.mark.parametrize("place", ["image", "rgb", "alpha"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_nan_goes_to_everything_that_depends_on_it(place, channels_last, backend, device):
-    image, decoded = Case("nan", B=3, channels_last=channels_last).make(device=device)
+    image, decoded = Case("nan", B=3, channels_last=channels_last).make(device=device)[0]
     clean_error, clean_reconstruction = run(image, decoded, backend), composed(image, decoded, backend)
     image, decoded = image.clone(), decoded.clone()
     if place == "image":
@@ -420,21 +420,23 @@ def test_nan_goes_to_everything_that_depends_on_it(place, channels_last, backend
 
 def test_bitwise_repeatable(backend, device):
     for case in (Case("repeated", K=5, H=35, W=35), Case("repeated", K=5, H=35, W=35, channels_last=True)):
-        tensors = case.make(torch.float32, device)
+        tensors = case.make(torch.float32, device)[0]
         for ours in (run, composed):
             assert all(map(torch.equal, ours(*tensors, backend), ours(*tensors, backend)))
 
 
 @kernels_alone
 def test_layout_changes_no_bit(backend, device):
-    plain, last = (Case("layout", H=35, W=35, channels_last=how).make(torch.float32, device) for how in (False, True))
+    plain, last = (
+        Case("layout", H=35, W=35, channels_last=how).make(torch.float32, device)[0] for how in (False, True)
+    )
     for x, y in zip(run(*plain, backend), run(*last, backend), strict=True):
         assert torch.equal(x, y)
 
 
 def test_inputs_are_never_written_to(backend, device):
     for channels_last in (False, True):
-        image, decoded = Case("read only", channels_last=channels_last).make(device=device)
+        image, decoded = Case("read only", channels_last=channels_last).make(device=device)[0]
         before = image.clone(), decoded.clone()
         leaves = image.requires_grad_(), decoded.requires_grad_()
         outputs = composition_error(*leaves, reduction="none", return_masks=True, backend=backend)
@@ -447,7 +449,7 @@ def test_inputs_are_never_written_to(backend, device):
 
 @kernels_alone
 def test_nothing_but_inputs_is_kept_for_backward(backend, device):
-    image, decoded = (x.requires_grad_() for x in Case("kept").make(device=device))
+    image, decoded = (x.requires_grad_() for x in Case("kept").make(device=device)[0])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         composition_error(image, decoded, reduction="none", return_masks=True, backend=backend)
@@ -456,7 +458,7 @@ def test_nothing_but_inputs_is_kept_for_backward(backend, device):
 
 
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
-    tensors = Case("autocast").make(torch.float32, device)
+    tensors = Case("autocast").make(torch.float32, device)[0]
     expected = run(*tensors, backend)
 
     def error(image, decoded):
@@ -473,7 +475,7 @@ def test_autocast_leaves_the_arithmetic_alone(backend, device):
 
 def test_function_by_itself(any_device):
     """`CompositionFunction` with the reference's kernels: the gradient as written out, against plain autograd."""
-    tensors = Case("function").make(device=any_device)
+    tensors = Case("function").make(device=any_device)[0]
 
     def error(image, decoded):
         _, masks, errors = CompositionFunction.apply(decoded, image, False, True, "reference")
@@ -493,7 +495,7 @@ def test_opcheck(wanted, dtype, channels_last, backend, device):
     """What torch asks of operators, with and without an image and each of the incoming gradients."""
     _backends.implementation("composition", backend)  # which defines them
     operators = getattr(torch.ops, NAMESPACES[backend])
-    image, decoded = Case("operator", H=3, W=5, channels_last=channels_last).make(dtype, device)
+    image, decoded = Case("operator", H=3, W=5, channels_last=channels_last).make(dtype, device)[0]
     wide = torch.promote_types(dtype, torch.float32)
     image = image.to(wide)
     for x in (image, None):
@@ -520,7 +522,7 @@ def test_compiles_as_one_graph(dynamic, channels_last, backend, device):
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for B, H, W in ((2, 13, 12), (3, 20, 17)) if dynamic else ((2, 13, 12),):
-        tensors = Case("compiled", B=B, H=H, W=W, channels_last=channels_last).make(device=device)
+        tensors = Case("compiled", B=B, H=H, W=W, channels_last=channels_last).make(device=device)[0]
         assert_all_close(results(compiled, *tensors), results(function, *tensors))
 
 
@@ -529,7 +531,7 @@ def test_compiles_as_one_graph(dynamic, channels_last, backend, device):
 def test_compiles_to_code(backend, device):
     """Once all the way through Inductor."""
     torch.compiler.reset()
-    tensors = Case("compiled", K=2, channels_last=True).make(torch.float32, device)
+    tensors = Case("compiled", K=2, channels_last=True).make(torch.float32, device)[0]
 
     def function(image, decoded):
         return composition_error(image, decoded, return_masks=True, backend=backend)
@@ -551,7 +553,7 @@ def test_compiles_to_code(backend, device):
     channels_last=st.booleans(),
 )
 def check_any_shape(backend, device, B, K, C, H, W, channels_last):
-    tensors = Case("any", B, K, C, H, W, channels_last).make(device=device)
+    tensors = Case("any", B, K, C, H, W, channels_last).make(device=device)[0]
     assert_all_close(run(*tensors, backend), results(literal.composition_error, *tensors))
     assert_all_close(composed(*tensors, backend), composed(*tensors))
 

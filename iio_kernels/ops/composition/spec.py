@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +24,20 @@ class Case:
     H: int = 13
     W: int = 12
     channels_last: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32  # in benchmarks
 
-    def make(self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
-        """(image, decoded), the same numbers on every device and in either layout."""
+    def make(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """(image, decoded) and the keyword arguments, the same numbers on every device and in either layout."""
         random = torch.Generator().manual_seed(seed)
         decoded = torch.randn(self.B, self.K, self.C + 1, self.H, self.W, generator=random, dtype=torch.float64)
         image = torch.rand(self.B, self.C, self.H, self.W, generator=random, dtype=torch.float64)
         decoded[:, :, -1] *= 2
         if self.channels_last:
             decoded = decoded.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-        return image.to(dtype).to(device), decoded.to(dtype).to(device)
+        return (image.to(dtype).to(device), decoded.to(dtype).to(device)), dict(self.options)
 
     def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
         """The least traffic: image (float32) and decoded read; with `backward` those of the backward pass alone, which
