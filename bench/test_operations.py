@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from iio_kernels import iio_loss, slot_attention, slot_attention_from_inputs
+from iio_kernels import composition_error, iio_loss, slot_attention, slot_attention_from_inputs
+from iio_kernels.ops.composition.spec import BENCHMARKS as COMPOSITION
 from iio_kernels.ops.inpainting.spec import BENCHMARKS as IIO
 from iio_kernels.ops.slot_attention.spec import BENCHMARKS as ATTENTION
 from tests import literal
@@ -157,4 +158,34 @@ def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contend
         f"{'forward+backward' if backward else 'forward'}",
         name=contender,
         floor=loss_floor(case, machine, backward),
+    )
+
+
+@each_contender
+@each_direction
+@pytest.mark.parametrize("case", COMPOSITION[DEVICE], **named)
+def test_composition(race, device, machine, sets_of_inputs, case, backward, contender):
+    """The error, as in training; decoded stored as decoders leave it."""
+    call = {
+        "eager": lambda image, decoded: composition_error(image, decoded, backend="reference"),
+        "ours": composition_error,
+    }
+    call["torch.compile"] = compiled(call["eager"])
+
+    def step(seed: int):
+        (image, decoded), _ = case.make(case.dtype, device, seed)
+        image, decoded = image.float(), decoded.requires_grad_(backward)
+
+        def run():
+            error = call[contender](image, decoded)
+            return torch.autograd.grad(error, decoded) if backward else error
+
+        return run
+
+    race(
+        [step(seed) for seed in sets_of_inputs(case.bytes_moved(case.dtype))],
+        group=f"composition_error, {case.name}, B{case.B} K{case.K} {case.H}x{case.W}{suffix(case.dtype)}, "
+        f"{'forward+backward' if backward else 'forward'}",
+        name=contender,
+        floor=floor(case, machine, case.dtype, backward),
     )

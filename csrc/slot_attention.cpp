@@ -147,43 +147,6 @@ void accumulate(const T* c, const T* const* x, int64_t M, int64_t D, T* total, u
   for (; d < D; d += kLane) accumulate_columns<T, 1>(c, x, M, D, d, total, next);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Storage: bfloat16 is the upper half of a float.
-
-// D stored numbers to T.
-template <class T>
-IIO_INLINE void read(Storage storage, const char* from, int64_t D, T* to) {
-  if (storage != Storage::bfloat16) {
-    std::memcpy(to, from, D * sizeof(T));
-    return;
-  }
-  for (int64_t d = 0; d < D; ++d) {
-    uint16_t half;
-    std::memcpy(&half, from + d * sizeof half, sizeof half);
-    const uint32_t bits = uint32_t(half) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    to[d] = T(x);
-  }
-}
-
-// D numbers to storage: to the nearest, in a tie to the even one; a NaN stays one.
-template <class T>
-IIO_INLINE void write(Storage storage, const T* from, int64_t D, char* to) {
-  if (storage != Storage::bfloat16) {
-    std::memcpy(to, from, D * sizeof(T));
-    return;
-  }
-  for (int64_t d = 0; d < D; ++d) {
-    const float x = float(from[d]);
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint16_t half = uint16_t(x == x ? rounded : (bits >> 16) | 0x40);
-    std::memcpy(to + d * sizeof half, &half, sizeof half);
-  }
-}
-
 template <class T>
 IIO_INLINE void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;

@@ -10,11 +10,9 @@
 // independent of each other, so any division of them over threads gives bitwise the same results.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace iio {
-
-enum class Storage { float32, float64, bfloat16 };
 
 // A tensor that is read through its strides (in elements) in its first three dimensions; a last one has stride 1.
 template <class T>

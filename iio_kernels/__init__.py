@@ -1,7 +1,8 @@
-"""Kernels for object-centric learning: slot attention, and the Interaction Information Optimization loss."""
+"""Kernels for object-centric learning: slot attention, slot composition, Interaction Information Optimization."""
 
 from iio_kernels._backends import backends
 from iio_kernels._version import __version__
+from iio_kernels.ops.composition import CompositionFunction, compose, composition_error
 from iio_kernels.ops.inpainting import (
     IIOLossFunction,
     conditional_entropies,
@@ -12,10 +13,13 @@ from iio_kernels.ops.inpainting import (
 from iio_kernels.ops.slot_attention import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
 
 __all__ = [
+    "CompositionFunction",
     "IIOLossFunction",
     "SlotAttentionFunction",
     "__version__",
     "backends",
+    "compose",
+    "composition_error",
     "conditional_entropies",
     "iio_loss",
     "inpaint",

@@ -24,7 +24,7 @@ class Scene(NamedTuple):
     masks: Tensor
     """(B, K, H, W): the decoder's masks, a softmax over K."""
     components: Tensor
-    """(B, K, 3, H, W): each slot's picture."""
+    """(B, K, 3, H, W): each slot's picture, in the decoder's dtype."""
     slots: Tensor
     """(B, K, D): after the last iteration."""
     attention: Tensor
@@ -233,6 +233,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         if slots is None:
             slots = self.slot_attention.draw(image.shape[0], num_slots or self.num_slots, generator)
         slots, attention = self.slot_attention(self.encoder(image), slots, iterations)
-        components, alpha = self.decoder(slots).float().split([3, 1], 2)
-        masks = alpha.softmax(1)
-        return Scene((masks * components).sum(1), masks.squeeze(2), components, slots, attention)
+        decoded = self.decoder(slots)
+        reconstruction, masks = iio_kernels.compose(decoded)
+        return Scene(reconstruction, masks, decoded[:, :, :3], slots, attention)

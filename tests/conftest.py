@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from iio_kernels._backends import BACKENDS, Backend
-from iio_kernels.ops import inpainting, slot_attention
+from iio_kernels.ops import composition, inpainting, slot_attention
 
 # The reference's written-out gradients stand behind the autograd Functions like any other backend's, though
 # no user needs them there. Registered as one, they meet every test, and so does the way all are called.
 BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)
-for op in (inpainting, slot_attention):
+for op in (composition, inpainting, slot_attention):
     written_out = ModuleType(f"{op.__name__}.written_out")
     written_out.__dict__.update({name: x for name, x in vars(op.reference).items() if not name.startswith("__")})
     sys.modules[written_out.__name__] = written_out

@@ -114,3 +114,17 @@ def slot_attention(
             weights = weights * 0 if total == 0 else weights / total
         U.append((weights.unsqueeze(1) * values).sum(0))
     return torch.stack(U).view(*batch, K, -1) if U else v.new_zeros(*batch, K, v.shape[-1]), A
+
+
+def compose(decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """The reconstruction (B, C, H, W) and the masks (B, K, H, W), slot by slot."""
+    likelihoods = [slot[:, -1].exp() for slot in decoded.unbind(1)]
+    masks = [likelihood / sum(likelihoods) for likelihood in likelihoods]
+    pictures = [mask.unsqueeze(1) * slot[:, :-1] for mask, slot in zip(masks, decoded.unbind(1), strict=True)]
+    return sum(pictures), torch.stack(masks, 1)
+
+
+def composition_error(image: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """Each image's mean squared error (B,), and the masks."""
+    reconstruction, masks = compose(decoded)
+    return ((reconstruction - image) ** 2).mean((1, 2, 3)), masks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import iio_kernels
-from iio_kernels import _backends, iio_loss, slot_attention
+from iio_kernels import _backends, compose, composition_error, iio_loss, slot_attention
 from iio_kernels._backends import BACKENDS, Backend
 from iio_kernels.ops.slot_attention import reference
 
@@ -41,12 +41,13 @@ def test_backends_names_them_all_with_the_reason_against(registry):
     assert iio_kernels.backends() == {"here": None, "away": "no compiler was found"}
 
 
-@pytest.mark.parametrize("op", ["inpainting", "slot_attention"])
+@pytest.mark.parametrize("op", ["composition", "inpainting", "slot_attention"])
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference" and usable(name)])
 def test_every_backend_offers_every_operation(name, op):
     kernels = _backends.implementation(op, name)
     assert isinstance(kernels, ModuleType)
     offered = {
+        "composition": ("forward", "backward"),
         "inpainting": (
             "loss_and_gradient",
             "conditional_entropies",
@@ -130,7 +131,7 @@ def test_documented_examples_run():
     names = {name: getattr(iio_kernels, name) for name in iio_kernels.__all__}
     tests = [
         test
-        for function in (slot_attention, iio_loss)
+        for function in (slot_attention, iio_loss, compose, composition_error)
         for test in doctest.DocTestFinder().find(function, globs={**names, "torch": torch})
     ]
     results = [doctest.DocTestRunner().run(test) for test in tests]
@@ -141,4 +142,5 @@ def test_documented_examples_run():
 def test_documentation_has_no_unfilled_place():
     for name in iio_kernels.__all__:
         assert "{image}" not in getattr(iio_kernels, name).__doc__
+        assert "{decoded}" not in getattr(iio_kernels, name).__doc__
         assert "{raises}" not in getattr(iio_kernels, name).__doc__

@@ -340,6 +340,7 @@ torch.ops.load_library({str(tmp_path / "library.so")!r})
 import iio_kernels._build as b
 b._load = lambda: None
 import iio_kernels
+from iio_kernels.ops.composition.spec import CASES as composition
 from iio_kernels.ops.inpainting.spec import CASES as iio
 from iio_kernels.ops.slot_attention.spec import CASES as attention
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -355,6 +356,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
         iio_kernels.iio_loss(*leaves, backend="cpu", **options).backward()
         iio_kernels.conditional_entropies(*leaves, backend="cpu", **options).sum().backward()
         iio_kernels.inpaint(*leaves, backend="cpu", **options).sum().backward()
+    for case in composition:
+        tensors, options = case.make(dtype)
+        leaves = [x.requires_grad_() for x in tensors]
+        error, masks = iio_kernels.composition_error(*leaves, backend="cpu", return_masks=True, **options)
+        reconstruction, _ = iio_kernels.compose(leaves[1], backend="cpu")
+        (error + masks.square().sum() + reconstruction.sum()).backward()
 print("clean")
 """
     environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import literal
 import pytest
+import test_composition
 import test_inpainting
 import test_slot_attention
 import torch
@@ -34,6 +35,7 @@ from iio_kernels import (
     slot_attention,
     slot_attention_from_inputs,
 )
+from iio_kernels.ops.composition import spec as composition_spec
 from iio_kernels.ops.inpainting import spec as iio_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 from models.slot_attention import SlotAttentionAutoEncoder
@@ -41,7 +43,7 @@ from models.slot_attention import SlotAttentionAutoEncoder
 if _build.missing() is not None:
     pytest.skip(f"no CPU kernels: {_build.missing()}", allow_module_level=True)
 
-for op in ("slot_attention", "inpainting"):
+for op in ("composition", "slot_attention", "inpainting"):
     _backends.implementation(op, "cpu")  # which defines the operators
 ops = torch.ops.iio_kernels
 ROOT = Path(__file__).parents[1]
@@ -127,6 +129,29 @@ def inpaint_backward(**how) -> dict[str, object]:
     return with_gradient("inpaint", **how)
 
 
+def composition(
+    dtype=F32, B=2, K=3, C=3, H=11, W=13, channels_last=True, image=True, wanted=(True, True)
+) -> dict[str, object]:
+    """The arguments of composition_forward."""
+    (x, decoded), _ = composition_spec.Case("raw", B, K, C, H, W, channels_last).make(F64)
+    x, decoded = x.to(F64 if dtype == F64 else F32), decoded.to(dtype)
+    options = {"return_reconstruction": wanted[0], "return_masks": wanted[1]}
+    return {"decoded": decoded, "image": x if image else None, **options}
+
+
+def composition_backward(wanted=(True, True), **how) -> dict[str, object]:
+    arguments = composition(**how)
+    x_hat, a, errors = ops.composition_forward(**arguments)
+    d_x_hat, d_a, d_errors = test_composition.random_like(x_hat, a, errors)
+    incoming = {
+        "d_reconstruction": d_x_hat if wanted[0] else None,
+        "d_masks": d_a if wanted[1] else None,
+        "d_errors": None if arguments["image"] is None else d_errors,
+    }
+    inputs = {name: arguments[name] for name in ("decoded", "image")}
+    return {**incoming, **inputs, "image_gradient": inputs["image"] is not None}
+
+
 ATTENTION = {"slot_attention_forward": attention, "slot_attention_backward": attention_backward}
 INPAINTING = {
     "iio_loss": loss,
@@ -135,7 +160,8 @@ INPAINTING = {
     "inpaint": images,
     "inpaint_backward": inpaint_backward,
 }
-GOOD = ATTENTION | INPAINTING
+COMPOSITION = {"composition_forward": composition, "composition_backward": composition_backward}
+GOOD = ATTENTION | INPAINTING | COMPOSITION
 each_operator = pytest.mark.parametrize("operator", GOOD)
 
 
@@ -180,9 +206,19 @@ INPAINTING_HOW = [
     {"H": 1, "W": 1, "kernel_size": 1},
     {"B": 0},
 ]
+COMPOSITION_HOW = [
+    {"wanted": (False, True), "image": False},
+    {"wanted": (True, False), "channels_last": False},
+    {"wanted": (False, False), "dtype": BF16},
+    {"K": 1, "C": 1, "dtype": F64},
+    {"H": 1, "W": 1},
+    {"H": 1, "W": 1, "channels_last": False},
+    {"B": 0},
+]
 HOW = [
     *((operator, how) for operator in ATTENTION for how in ATTENTION_HOW),
     *((operator, how) for operator in INPAINTING for how in INPAINTING_HOW),
+    *((operator, how) for operator in COMPOSITION for how in COMPOSITION_HOW),
     *(("iio_loss", {"wanted": wanted}) for wanted in ((True, False), (False, True), (False, False))),
     ("conditional_entropies_backward", {"wanted": False}),
     ("inpaint", {"K": 1}),
@@ -205,11 +241,14 @@ LARGE = [
     *((operator, {"B": 7, "H": 23, "W": 17}) for operator in INPAINTING),
     *((operator, {"B": 3, "H": 23, "W": 32, "C": 4}) for operator in INPAINTING),
     *((operator, {"B": 1, "K": 6, "H": 29, "W": 31, "dtype": F64}) for operator in INPAINTING),
+    *((operator, {"B": 3, "H": 61, "W": 47, "channels_last": cl}) for operator in COMPOSITION for cl in (False, True)),
+    *((operator, {"B": 7, "H": 35, "W": 35, "dtype": BF16}) for operator in COMPOSITION),
+    *((operator, {"B": 2, "C": 4, "H": 35, "W": 35, "dtype": F64}) for operator in COMPOSITION),
 ]
 each_large = pytest.mark.parametrize(("operator", "how"), LARGE, ids=str)
 
 
-@pytest.mark.parametrize("operators", [tuple(ATTENTION), *((name,) for name in INPAINTING)], ids=" ".join)
+@pytest.mark.parametrize("operators", [tuple(ATTENTION), *((x,) for x in INPAINTING), tuple(COMPOSITION)], ids=" ".join)
 def test_a_thousand_runs_on_two_threads_give_the_same_bits(operators):
     how = {"B": 3, "N": 1100, "K": 4, "Dk": 16, "Dv": 16} if operators[0] in ATTENTION else {"B": 3}
     calls = [(operator, GOOD[operator](**how)) for operator in operators]
@@ -250,6 +289,17 @@ def test_calls_from_four_threads_of_python_at_once(operator):
             assert_same(results, expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("dtype", "B"), [(F32, 96), (F64, 48)], ids=["float32", "float64"])
+def test_gradients_of_compositions_too_large_for_the_caches(dtype, B, channels_last):
+    """As above; images beside a chunk that is not full, whose last block is written otherwise."""
+    one = composition_backward(dtype=dtype, B=1, K=8, H=37, W=40, channels_last=channels_last)
+    many = {name: x.expand(B, *x.shape[1:]) if isinstance(x, Tensor) else x for name, x in one.items()}
+    expected = without_nan(call("composition_backward", one))
+    for x, y in zip(call("composition_backward", many), expected, strict=True):
+        assert torch.equal(x, y.expand_as(x))
+
+
 @pytest.mark.parametrize(("dtype", "B"), [(F32, 33), (F64, 17)], ids=["float32", "float64"])
 def test_gradients_too_large_for_the_caches(dtype, B):
     """Rows are then written past the caches, and hold the same bits."""
@@ -281,6 +331,7 @@ ATTENTION_CASES += ["zero eps", "denominator", "sum", "two batch dimensions", "j
 ATTENTION_CASES += ["slot mask", "input mask", "both masks"]
 IIO_CASES = ["plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall"]
 IIO_CASES += ["narrow", "three times", "large eps", "zero eps", "rows of whole vectors"]
+ALL_RESULTS = {"reduction": "none", "return_masks": True}
 WHOLE_VECTORS = iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32)
 
 
@@ -298,6 +349,10 @@ def start(program: str, *arguments: object, **environment: str) -> subprocess.Co
 
 def iio_results(function, tensors, incoming, **options) -> tuple[Tensor, ...]:
     return test_inpainting.results(function, *tensors, *incoming, **options)
+
+
+def put_together(tensors, incoming, **options) -> tuple[Tensor, ...]:
+    return test_composition.results(literal.composition_error, *tensors, incoming, **options)
 
 
 def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
@@ -328,6 +383,17 @@ def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
     if dtype != BF16:
         large = attention_spec.Case("past the caches", batch=(1,), N=1030, Dk=64, Dv=64, inputs="shared")
         yield budget("slot_attention", attend, large, dtype, dtype, copies=33, return_attention=True)
+
+    for case in composition_spec.CASES:
+        if case.B > 0:
+            yield budget(
+                "composition_error", put_together, case, dtype, arithmetic, reduction="none", return_masks=True
+            )
+    if dtype != BF16:
+        large = composition_spec.Case("past the caches", B=1, K=8, H=37, W=40, channels_last=True)
+        yield budget(
+            "composition_error", put_together, large, dtype, arithmetic, copies=96, reduction="none", return_masks=True
+        )
 
     for case in (*iio_spec.CASES, WHOLE_VECTORS):
         if case.name in IIO_CASES:
@@ -392,6 +458,13 @@ ODD = [
         for operator in INPAINTING
         for H, W, C, K in ((5, 5, 1, 2), (7, 33, 3, 4), (17, 16, 4, 3), (13, 5, 5, 5))
         for dtype in (F32, F64)
+    ),
+    *(
+        (operator, {"H": H, "W": W, "C": C, "K": K, "dtype": dtype, "channels_last": channels_last})
+        for operator in COMPOSITION
+        for H, W, C, K in ((1, 1, 3, 2), (7, 9, 3, 4), (16, 17, 3, 1), (5, 13, 2, 24), (1, 1025, 3, 3))
+        for dtype in (F32, F64, BF16)
+        for channels_last in (False, True)
     ),
 ]
 each_odd = pytest.mark.parametrize(("operator", "how"), ODD, ids=str)
@@ -470,6 +543,7 @@ MUTATIONS = {
 STILL_GOOD = {("slot_attention_forward", "v", f"size 3 {change}") for change in ("one more", "zero")}
 STILL_GOOD |= {(operator, "image", "size 1 one more") for operator in INPAINTING if operator != "inpaint_backward"}
 STILL_GOOD |= {(operator, "masks", "size 1 one more") for operator in INPAINTING if "backward" not in operator}
+STILL_GOOD |= {("composition_forward", "decoded", "size 1 one more")}  # K
 WRONG = [
     (operator, name, mutation)
     for operator in GOOD
@@ -525,7 +599,11 @@ def test_a_wrong_number_of_masks_is_refused(operator, K):
 
 
 def restrided(x: Tensor, how: str) -> Tensor:
-    return x.flatten()[0].expand(x.shape) if how == "of one number" else test_slot_attention._strided(x, how)
+    if how == "of one number":
+        return x.flatten()[0].expand(x.shape)
+    if x.dim() == 1:  # a vector has one stride only
+        return x.repeat_interleave(2)[::2]
+    return test_slot_attention._strided(x, how)
 
 
 each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads", "of one number"])
@@ -533,6 +611,7 @@ STRIDED = [
     *((operator, {"N": 1100, "Dk": 16, "Dv": 6, "dtype": d}) for operator in ATTENTION for d in (F32, BF16)),
     *((operator, {"N": 37, "Dv": None, "joint_heads": True}) for operator in ATTENTION),
     *((operator, {}) for operator in INPAINTING),
+    *((operator, {"dtype": dtype}) for operator in COMPOSITION for dtype in (F32, BF16)),
 ]
 
 

@@ -1,0 +1,65 @@
+"""The operators under the composition functions, and what torch.compile needs to know of them. Imports no backend.
+
+decoded (B, K, C + 1, H, W), image (B, C, H, W) and incoming gradients, any strides. Incoming gradients and results are
+in the dtype of the arithmetic; but the gradient to decoded is stored as decoded is, in dtype and layout. What was not
+asked for has no elements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iio_kernels._numerics import arithmetic_dtype
+
+
+def define(namespace: str) -> None:
+    """Define `namespace`::composition_forward and ::composition_backward."""
+    torch.library.define(
+        f"{namespace}::composition_forward",
+        "(Tensor decoded, Tensor? image, bool return_reconstruction, bool return_masks)"
+        " -> (Tensor reconstruction, Tensor masks, Tensor errors)",
+    )
+    torch.library.define(
+        f"{namespace}::composition_backward",
+        "(Tensor? d_reconstruction, Tensor? d_masks, Tensor? d_errors, Tensor decoded, Tensor? image,"
+        " bool image_gradient) -> (Tensor d_decoded, Tensor d_image)",
+    )
+    torch.library.register_fake(f"{namespace}::composition_forward", new_results)
+    torch.library.register_fake(f"{namespace}::composition_backward", new_gradients)
+
+
+def new_results(
+    decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what composition_forward returns."""
+    B, K, channels, H, W = decoded.shape
+    dtype = arithmetic_dtype(decoded, image)
+    return (
+        decoded.new_empty((B, channels - 1, H, W) if return_reconstruction else (0,), dtype=dtype),
+        decoded.new_empty((B, K, H, W) if return_masks else (0,), dtype=dtype),
+        decoded.new_empty((0,) if image is None else (B,), dtype=dtype),
+    )
+
+
+def new_gradients(
+    d_reconstruction: Tensor | None,
+    d_masks: Tensor | None,
+    d_errors: Tensor | None,
+    decoded: Tensor,
+    image: Tensor | None,
+    image_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Room for what composition_backward returns, the gradient to decoded in decoded's own layout."""
+    B, K, channels, H, W = decoded.shape
+    if is_channels_last(decoded):
+        d_decoded = decoded.new_empty((B, K, H, W, channels)).permute(0, 1, 4, 2, 3)
+    else:
+        d_decoded = decoded.new_empty(decoded.shape)
+    shape = (B, channels - 1, H, W) if image_gradient else (0,)
+    return d_decoded, decoded.new_empty(shape, dtype=arithmetic_dtype(decoded, image))
+
+
+def is_channels_last(decoded: Tensor) -> bool:
+    """Whether a pixel's channels are nearer to each other than to the next pixel's."""
+    return decoded.stride(2) < decoded.stride(4)
