@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from iio_kernels import _build
+from iio_kernels import _build, _triton
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Backend:
 #: In order of preference: "auto" takes the first that serves the tensors' device.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(device_types=("cpu",), missing=_build.missing),
+    "triton": Backend(device_types=("cuda", "cpu") if _triton.INTERPRETED else ("cuda",), missing=_triton.missing),
     "reference": Backend(device_types=None, missing=lambda: None),
 }
 
