@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels.ops.slot_attention import schema  # noqa: F401  (defines the operators)
+from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
 
+schema.define("iio_kernels")
 _ops = torch.ops.iio_kernels
 
 
