@@ -12,9 +12,14 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """None where Triton's kernels can run, otherwise why they cannot."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not INTERPRETED and not torch.cuda.is_available():
