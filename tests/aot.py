@@ -90,6 +90,7 @@ def _compile_call(module: str, name: str, architecture: str) -> list[Compiled]:
 @contextmanager
 def _compiling_for(architecture: Architecture) -> Iterator[list[Any]]:
     """Within it a launch compiles a kernel for this architecture and adds it to the list."""
+    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -105,12 +106,14 @@ def _compiling_for(architecture: Architecture) -> Iterator[list[Any]]:
         kernels.append(launch(self, *args, warmup=True, **options))
 
     launch: Callable[..., Any] = JITFunction.run
+    hip = torch.version.hip
     JITFunction.run = run
+    torch.version.hip = architecture.name if architecture.target[0] == "hip" else None
     driver.set_active(Driver())
     try:
         yield kernels
     finally:
-        JITFunction.run = launch
+        JITFunction.run, torch.version.hip = launch, hip
 
 
 def _examine(call: str, kernel: Any, architecture: Architecture) -> Compiled:

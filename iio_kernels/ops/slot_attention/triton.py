@@ -382,37 +382,65 @@ def _add_kernel(wide_sums, narrow_sums, wide, narrow, H, D, chunks, eps: tl.floa
 
 
 class Settings(NamedTuple):
-    """The sizes of a kernel's tiles, as in `Meta`, and how many warps work on them."""
+    """The sizes of a kernel's tiles, as in `Meta`, how many warps work on them, and how many loads run ahead."""
 
     K_PADDED: int
     BLOCK_N: int
     BLOCK_D: int
     WIDTH: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int
+
+
+ANY = 1 << 30
+#: The first row serves whose products and pass these are and whose K_PADDED and D are not exceeded. All were chosen so
+#: that nothing spills from registers (tests/test_triton.py compiles them), on all architectures alike: the sizes of
+#: shared memory that they take fit the smallest, 64 KiB.
+SETTINGS = (
+    # products, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
+    ("fma", "forward", 16, 64, 32, 64, 64, 4, 2),
+    ("fma", "forward", 32, ANY, 16, 32, 256, 8, 2),
+    ("fma", "forward", 64, ANY, 16, 16, 128, 8, 2),
+    ("fma", "backward", 16, 64, 32, 64, 64, 4, 2),
+    ("fma", "backward", 16, ANY, 16, 32, 128, 8, 2),
+    ("fma", "backward", 32, ANY, 16, 32, 64, 8, 2),
+    ("fma", "backward", 64, ANY, 16, 16, 16, 8, 1),
+    ("bf16", "forward", 16, ANY, 64, 64, 256, 4, 2),
+    ("bf16", "forward", 32, ANY, 64, 64, 256, 8, 2),
+    ("bf16", "forward", 64, ANY, 64, 64, 128, 8, 2),
+    ("bf16", "backward", 16, 64, 64, 64, 64, 4, 2),
+    ("bf16", "backward", 16, 256, 32, 256, 256, 8, 2),
+    ("bf16", "backward", 16, ANY, 32, 64, 128, 8, 2),
+    ("bf16", "backward", 32, ANY, 64, 64, 64, 8, 2),
+    ("bf16", "backward", 64, ANY, 64, 64, 128, 8, 2),
+    ("tf32", "forward", 32, ANY, 32, 64, 256, 8, 2),
+    ("tf32", "forward", 64, ANY, 32, 64, 128, 8, 2),
+    ("tf32", "backward", 16, ANY, 32, 64, 128, 8, 2),
+    ("tf32", "backward", 32, ANY, 32, 64, 64, 8, 2),
+    ("tf32", "backward", 64, ANY, 16, 16, 64, 8, 2),
+    ("fp64", "forward", ANY, ANY, 16, 32, 32, 8, 2),
+    ("fp64", "backward", ANY, ANY, 16, 16, 32, 8, 2),
+    # More slots than anyone has: slow, and spilling.
+    *((products, which, ANY, ANY, 16, 16, 16, 8, 1) for products in ("fma", "bf16", "tf32")
+      for which in ("forward", "backward")),
+)  # fmt: skip
 
 
 def settings(K: int, D: int, operand: tl.dtype, precision: str, backward: bool) -> Settings:
-    D = max(16, triton.next_power_of_2(D))
-    K = triton.next_power_of_2(K)
-    if precision == "ieee" and operand != tl.bfloat16:
-        if K <= 16 and D <= 64 and operand == tl.float32:
-            return Settings(max(4, K), 32, D, D, 4)
-        K = max(16, K)
-        W = min(D, 64 if operand == tl.float64 else 256, (2048 if backward and K >= 64 else 4096 if backward else 8192) // K)
-        return Settings(K, 16, min(D, 32), max(W, 16), 8)
-    K = max(16, K)
-    if operand == tl.bfloat16:
-        if backward:
-            if D <= 64 and K == 16:
-                return Settings(K, 64, D, D, 4)
-            if K <= 32:
-                return Settings(K, 32, min(D, 256), min(D, 256), 8)
-            return Settings(K, 64, min(64, D), min(D, 8192 // K), 8)
-        return Settings(K, 64, min(64, D), min(D, 256, 8192 // K), 4 if K == 16 else 8)
-    if backward:
-        return Settings(K, 32, min(64, D), min(D, 128, 4096 // K), 8)
-    return Settings(K, 32, min(64, D), min(D, 256, 8192 // K), 8)
+    """The row of the table for a call's K slots and D = max(Dk, Dv) features."""
+    products = {tl.float64: "fp64", tl.bfloat16: "bf16"}.get(operand, "tf32" if precision == "tf32" else "fma")
+    # Tensor cores take no fewer than 16 slots at a time, and no tl.dot adds up fewer. On small tiles there is a way
+    # around that (see `_mixtures`).
+    K_PADDED = max(triton.next_power_of_2(K), 4 if products == "fma" and D <= 64 else 16)
+    D_PADDED = max(triton.next_power_of_2(D), 16)
+    BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages = next(
+        row[4:]
+        for row in SETTINGS
+        if row[:2] == (products, "backward" if backward else "forward") and K_PADDED <= row[2] and D <= row[3]
+    )
+    # A warp has 64 threads on AMD's GPUs, and the sizes are for these many threads.
+    num_warps = num_warps // 2 if torch.version.hip else num_warps
+    return Settings(K_PADDED, BLOCK_N, min(BLOCK_D, D_PADDED), min(WIDTH, D_PADDED), num_warps, num_stages)
 
 
 def products(k: Tensor, v: Tensor) -> tuple[tl.dtype, str]:
@@ -494,7 +522,7 @@ class Call:
     def add(self, wide_sums, narrow_sums, wide, narrow, eps: float, normalize: bool) -> None:
         """The second stage: 8192 numbers at a time, 16 features of every slot."""
         K_PADDED = triton.next_power_of_2(self.K)
-        tile = Settings(K_PADDED, max(1, 512 // K_PADDED), 16, 16, 4)
+        tile = Settings(K_PADDED, max(1, 512 // K_PADDED), 16, 16, 4, 1)
         D = wide.shape[3]
         self.launch(
             _add_kernel, (self.groups, max(1, triton.cdiv(D, tile.WIDTH))), tile,
