@@ -1,4 +1,4 @@
-"""The operators under `slot_attention`, and what torch.compile needs to know of them. Imports no backend.
+"""The operators under `slot_attention`: how they are called, and what torch.compile needs to know of them.
 
 Layouts: q (B, H, K, Dk), k (B, H, N, Dk), v (B, H, N, Dv) or None for k itself; biases and masks (B, H, K) and
 (B, H, N). U (B, H, K, Dv) and S (B, H, K) are in the arithmetic's dtype (float64 where k is, otherwise float32), A
@@ -8,6 +8,9 @@ Layouts: q (B, H, K, Dk), k (B, H, N, Dk), v (B, H, N, Dv) or None for k itself;
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from iio_kernels.ops.slot_attention.reference import Options
 
 OPTIONS = "float scale, float eps, bool eps_in_weights, bool normalize, bool joint_heads"
 INPUTS = "Tensor q, Tensor k, Tensor? v, Tensor? logit_bias, Tensor? slot_mask, Tensor? input_mask"
@@ -41,3 +44,20 @@ def _backward(
     dU, dS, dA, q, k, v, logit_bias, slot_mask, input_mask, U, S, scale, eps, eps_in_weights, normalize, joint_heads
 ):
     return tuple(k.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (q, k, v, logit_bias))
+
+
+def four(x: Tensor, options: Options, own: int) -> Tensor:
+    """x with its leading dimensions, all but the last `own`, as the two (B, H); a view wherever strides allow it."""
+    leading = x.dim() - own
+    if leading == 2:
+        return x
+    if leading < 2:
+        # One dimension alone is the heads where these are joint, else the batch.
+        return x[(None,) * (2 - leading)] if options.joint_heads or leading == 0 else x.unsqueeze(1)
+    return x.flatten(0, leading - 2)
+
+
+def arguments(options: Options) -> tuple[float, float, bool, bool, bool]:
+    """The operators' OPTIONS."""
+    weights, mean = options.eps_in == "weights", options.normalize == "mean"
+    return options.scale, options.eps, weights, mean, options.joint_heads

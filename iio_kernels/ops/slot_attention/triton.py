@@ -4,6 +4,29 @@
     A[n, :] = softmax over the slots s of L[n, :]
     W[n, s] = A[n, s] + eps_weights,    S[s] = sum_n W[n, s] + eps_denominator
     U[s]    = sum_n W[n, s] v[n] / S[s]
+
+Each of forward and backward is two kernels: programs that take a chunk of inputs each and leave the sums over it in
+memory, and others that add these in the order of the chunks. Nothing is added atomically, so results are repeatable.
+The backward pass computes A anew. A third kernel goes before them where the heads are joint: a softmax over the slots
+of all heads needs its normaliser before any head can be summed.
+
+What limits it. Bytes are k and v read, and backward dk and dv written; operations those of the dot products. On an
+H200 (4.8 TB/s; 67 TFLOP/s in float32, 990 in bfloat16), in microseconds:
+
+                                          forward: bytes  operations   backward: bytes  operations
+    Tetrominoes  B64 N1225  K4  D64  float32      8.4        1.2                  17         3.0
+    CLEVR6       B64 N16384 K7  D64  float32      112         28                 224          70
+    DINOSAUR     B64 N784   K7  D256 bfloat16      11        0.4                  21         0.9
+    SAVi         B64 N4096  K24 D192 float32       84         72                 168         180
+    SAVi                             bfloat16      42        4.9                  84          12
+
+A product with few slots is too thin for the usual tile of 16 slots. In bfloat16 the tensor cores' time for it is lost
+beside that of the bytes (0.8 microseconds of DINOSAUR's 11). In float32 there are no tensor cores: 16 slots for 4
+would be four times the operations, and with their operands' loads more than the bytes take. There `tl.dot` multiplies
+exactly as many slots as the next power of two: 46 instructions a warp and input forward and 96 backward for K = 4, 67
+and 156 for K = 7, of the 99 and 198 that an H200 can issue while the bytes of an input of D = 64 arrive and leave. With
+many slots (SAVi) float32 is a matter of operations, and a few times slower than bfloat16; torch's setting for TF32
+products, `torch.backends.cuda.matmul.fp32_precision`, is obeyed.
 """
 
 from __future__ import annotations
@@ -40,7 +63,7 @@ class Matrix(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """What a kernel is compiled for, all of it `tl.constexpr`."""
+    """What a kernel is compiled for: all of it `tl.constexpr`."""
 
     K: Any
     DK: Any
@@ -55,7 +78,7 @@ class Meta(NamedTuple):
     INDEX: Any  # of offsets
 
 
-#: Decorates what kernels call. The interpreter takes a millisecond to enter a jitted function, and none to enter another.
+#: Decorates what kernels call. To enter a jitted function takes the interpreter a millisecond, a plain one nothing.
 piece = (lambda function: function) if INTERPRETED else triton.jit
 
 
@@ -170,7 +193,11 @@ def _attention_gradient(v, dU, dA, n, s, inputs, slots, filled, share, mean, m: 
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+#: These change from call to call: kernels are not compiled anew when they happen to be 1 or multiples of 16.
+varying = triton.jit(do_not_specialize=("N", "chunks", "tiles"))
+
+
+@varying
 def _forward_kernel(
     q, k, v, logit_bias, slot_mask, input_mask, normaliser, A_out, U_sums, S_sums,
     H, N, chunk, chunks, parts, scale: tl.float64, eps_weights: tl.float64, m: Meta,
@@ -222,7 +249,7 @@ def _forward_kernel(
         tl.store(S_sums.ptr + s * S_sums.row, S, s < m.K)
 
 
-@triton.jit
+@varying
 def _backward_kernel(
     q, k, v, logit_bias, slot_mask, input_mask, normaliser, dots, U, S, dU, dS, dA, dk, dv, dq_sums, dlogit_bias_sums,
     H, N, chunk, chunks, parts, scale: tl.float64, eps_weights: tl.float64, NORMALIZE: tl.constexpr, m: Meta,
@@ -296,7 +323,7 @@ def _backward_kernel(
             tl.store(dlogit_bias_sums.ptr + s * dlogit_bias_sums.row, dlogit_bias, s < m.K)
 
 
-@triton.jit
+@varying
 def _heads_kernel(
     q, k, v, logit_bias, slot_mask, input_mask, U, S, dU, dS, dA, normaliser, dots,
     H, N, tiles, scale: tl.float64, NORMALIZE: tl.constexpr, m: Meta,
@@ -344,7 +371,7 @@ def _heads_kernel(
         tl.store(dots.ptr + n * dots.row, sum_dots / sum_exp, n < N)
 
 
-@triton.jit
+@varying
 def _add_kernel(wide_sums, narrow_sums, wide, narrow, H, D, chunks, eps: tl.float64, NORMALIZE: tl.constexpr, m: Meta):
     """The sums of all chunks, in their order, for group program_id(0) and WIDTH features from program_id(1) * WIDTH on.
 
@@ -381,8 +408,8 @@ def _add_kernel(wide_sums, narrow_sums, wide, narrow, H, D, chunks, eps: tl.floa
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """The sizes of a kernel's tiles, as in `Meta`, how many warps work on them, and how many loads run ahead."""
+class Tile(NamedTuple):
+    """The sizes of a kernel's tiles, as in `Meta`, how many warps work on one, and how many loads run ahead of it."""
 
     K_PADDED: int
     BLOCK_N: int
@@ -393,11 +420,15 @@ class Settings(NamedTuple):
 
 
 ANY = 1 << 30
-#: The first row serves whose products and pass these are and whose K_PADDED and D are not exceeded. All were chosen so
-#: that nothing spills from registers (tests/test_triton.py compiles them), on all architectures alike: the sizes of
-#: shared memory that they take fit the smallest, 64 KiB.
-SETTINGS = (
-    # products, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
+#: For each way to multiply and pass the first row serves whose K_PADDED and D are not exceeded. Small products have
+#: tiles of 32 inputs, which leave registers for three or four thread blocks on a multiprocessor: one's loads hide
+#: behind another's work. Wide ones keep the sums of K_PADDED by WIDTH in registers: one pass while that is at most
+#: 8192 numbers, 4096 or fewer where a program makes three gradients at a time. Beyond WIDTH features the others are
+#: other programs', which compute A again. BLOCK_D bounds how much of a row the general units hold at a time. No row
+#: spills registers, nor takes more than the 64 KiB of shared memory that the smallest architecture has;
+#: tests/test_triton.py compiles them all.
+TILES = (
+    # multiply, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
     ("fma", "forward", 16, 64, 32, 64, 64, 4, 2),
     ("fma", "forward", 32, ANY, 16, 32, 256, 8, 2),
     ("fma", "forward", 64, ANY, 16, 16, 128, 8, 2),
@@ -418,48 +449,47 @@ SETTINGS = (
     ("tf32", "backward", 16, ANY, 32, 64, 128, 8, 2),
     ("tf32", "backward", 32, ANY, 32, 64, 64, 8, 2),
     ("tf32", "backward", 64, ANY, 16, 16, 64, 8, 2),
+    # Correct rather than fast, and some spill: float64, and more slots than anyone has had.
     ("fp64", "forward", ANY, ANY, 16, 32, 32, 8, 2),
     ("fp64", "backward", ANY, ANY, 16, 16, 32, 8, 2),
-    # More slots than anyone has: slow, and spilling.
-    *((products, which, ANY, ANY, 16, 16, 16, 8, 1) for products in ("fma", "bf16", "tf32")
-      for which in ("forward", "backward")),
-)  # fmt: skip
+    *((how, way, ANY, ANY, 16, 16, 16, 8, 1) for how in ("fma", "bf16", "tf32") for way in ("forward", "backward")),
+)
 
 
-def settings(K: int, D: int, operand: tl.dtype, precision: str, backward: bool) -> Settings:
-    """The row of the table for a call's K slots and D = max(Dk, Dv) features."""
-    products = {tl.float64: "fp64", tl.bfloat16: "bf16"}.get(operand, "tf32" if precision == "tf32" else "fma")
-    # Tensor cores take no fewer than 16 slots at a time, and no tl.dot adds up fewer. On small tiles there is a way
-    # around that (see `_mixtures`).
-    K_PADDED = max(triton.next_power_of_2(K), 4 if products == "fma" and D <= 64 else 16)
+def tile(how: str, way: str, K: int, D: int) -> Tile:
+    """The table's for K slots and D = max(Dk, Dv) features."""
+    # Tensor cores multiply 16 slots at a time, and `tl.dot` adds no fewer up. Without them, small tiles need neither.
+    K_PADDED = max(triton.next_power_of_2(K), 4 if how == "fma" and D <= 64 else 16)
     D_PADDED = max(triton.next_power_of_2(D), 16)
-    BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages = next(
-        row[4:]
-        for row in SETTINGS
-        if row[:2] == (products, "backward" if backward else "forward") and K_PADDED <= row[2] and D <= row[3]
-    )
-    # A warp has 64 threads on AMD's GPUs, and the sizes are for these many threads.
-    num_warps = num_warps // 2 if torch.version.hip else num_warps
-    return Settings(K_PADDED, BLOCK_N, min(BLOCK_D, D_PADDED), min(WIDTH, D_PADDED), num_warps, num_stages)
+    rows = (row[4:] for row in TILES if row[:2] == (how, way) and row[2] >= K_PADDED and row[3] >= D)
+    BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages = next(rows)
+    if torch.version.hip:  # whose warps have 64 threads
+        num_warps //= 2
+    return Tile(K_PADDED, BLOCK_N, min(BLOCK_D, D_PADDED), min(WIDTH, D_PADDED), num_warps, num_stages)
 
 
-def products(k: Tensor, v: Tensor) -> tuple[tl.dtype, str]:
-    """What `tl.dot` multiplies, and how it multiplies float32."""
+def multiplication(k: Tensor, v: Tensor) -> str:
+    """How keys and values of these dtypes are multiplied: what `TILES` calls it.
+
+    bfloat16 by the tensor cores, W and dL rounded to it. Not so float16, in which 1e-8 is 0, as are many gradients: it
+    is multiplied in TF32, which holds every number of either 16 bits and has float32's range. float32 by the general
+    units, or in TF32 if torch may do so. (AMD's matrix units multiply float32 as it is.)
+    """
     if k.dtype == torch.float64:
-        return tl.float64, "ieee"
-    if k.dtype == v.dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter cannot multiply them
-        return tl.bfloat16, "ieee"
+        return "fp64"
+    if k.dtype == v.dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter cannot multiply it
+        return "bf16"
     halves = k.dtype.itemsize == v.dtype.itemsize == 2
-    requested = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return tl.float32, "tf32" if (halves or requested) and not torch.version.hip else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if (halves or allowed) and not torch.version.hip else "fma"
 
 
 def chunking(N: int, groups: int, K: int, BLOCK_N: int) -> tuple[int, int]:
-    """How many inputs a program takes, and how many such chunks there are.
+    """How many inputs of a group a program takes, and how many such chunks there are.
 
-    2048 programs, so that they end about together. But a chunk's sums, K rows, are written and read again: at least
-    32 * K inputs to a chunk, of which they are a few percent, unless this left less than two programs to each of 132
-    multiprocessors. Never a function of the machine, so that results are not either.
+    2048 programs are enough to end together. But a chunk's sums, K rows, are written and read again: it has at least
+    32 * K inputs, of which these are a few percent, unless that left fewer than two programs for each of 132
+    multiprocessors. Nothing of the machine goes in, so that all add up in the same order.
     """
     inputs = max(triton.cdiv(N * groups, 2048), min(32 * K, triton.cdiv(N * groups, 264)), 1)
     chunk = triton.cdiv(inputs, BLOCK_N) * BLOCK_N
@@ -473,100 +503,101 @@ def index_type(*tensors: Tensor) -> tl.dtype:
 
 
 class Call:
-    """A call of an operator: its sizes and launches."""
+    """What the launches of an operator's call have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor | None, backward: bool) -> None:
+    def __init__(self, way: str, q: Tensor, k: Tensor, v: Tensor | None) -> None:
         values = k if v is None else v
         (self.B, self.H, self.K, self.DK), (self.N, self.DV) = q.shape, values.shape[2:]
         self.groups = self.B * self.H
-        self.double = k.dtype == torch.float64
-        self.dtype = torch.float64 if self.double else torch.float32
-        self.operand, self.precision = products(k, values)
-        self.settings = settings(self.K, max(self.DK, self.DV), self.operand, self.precision, backward)
-        self.chunk, self.chunks = chunking(self.N, self.groups, self.K, self.settings.BLOCK_N)
-        self.parts = max(1, triton.cdiv(max(self.DK if backward else 0, self.DV), self.settings.WIDTH))
+        self.dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        self.how = multiplication(k, values)
+        self.tile = tile(self.how, way, self.K, max(self.DK, self.DV))
+        self.chunk, self.chunks = chunking(self.N, self.groups, self.K, self.tile.BLOCK_N)
+        width = self.DV if way == "forward" else max(self.DK, self.DV)
+        self.parts = max(1, triton.cdiv(width, self.tile.WIDTH))
         self.device = k.device
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], settings: Settings, *arguments: Any) -> None:
-        """Run a kernel on tensors, numbers and None, to which `Meta` is added."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any) -> None:
+        """Run a kernel on tensors, numbers and None, and `Meta` after them."""
         if 0 in grid:
             return
         tensors = [x for x in arguments if isinstance(x, Tensor)]
+        arithmetic = tl.float64 if self.dtype == torch.float64 else tl.float32
         meta = Meta(
-            self.K, self.DK, self.DV, settings.K_PADDED, settings.BLOCK_N, settings.BLOCK_D, settings.WIDTH,
-            tl.float64 if self.double else tl.float32, self.operand, self.precision, index_type(*tensors),
+            self.K, self.DK, self.DV, tile.K_PADDED, tile.BLOCK_N, tile.BLOCK_D, tile.WIDTH, DTYPE=arithmetic,
+            OPERAND=tl.bfloat16 if self.how == "bf16" else arithmetic,
+            PRECISION="tf32" if self.how == "tf32" else "ieee", INDEX=index_type(*tensors),
         )  # fmt: skip
         with torch.cuda.device_of(tensors[0]):
             kernel[grid](
                 *(Strided(x, *x.stride(), *(0,) * (4 - x.dim())) if isinstance(x, Tensor) else x for x in arguments),
                 Meta(*map(tl.constexpr, meta)),
-                num_warps=settings.num_warps,
-                num_stages=settings.num_stages,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
                 enable_fp_fusion=True,
             )
 
-    def share_heads(self, inputs: tuple, incoming: tuple, scale: float, normalize: bool) -> tuple[Tensor, Tensor | None]:
-        """The heads kernel's results, expanded to (B, H, N)."""
+    def launch_chunks(self, kernel: Any, *arguments: Any) -> None:
+        """The kernel of a pass, a program for each group, chunk and part."""
+        sizes = self.H, self.N, self.chunk, self.chunks, self.parts
+        self.launch(kernel, (self.groups * self.chunks * self.parts,), self.tile, *arguments[0], *sizes, *arguments[1:])
+
+    def launch_heads(self, inputs: tuple, incoming: tuple, scale: float, normalize: bool) -> tuple[Tensor | None, ...]:
+        """The normaliser of joint heads, and `dots` if there are incoming gradients; both expanded to (B, H, N)."""
         normaliser = self.new(self.B, 1, self.N)
-        dots = None if incoming[2] is None else self.new(self.B, 1, self.N)
-        tiles = triton.cdiv(self.N, self.settings.BLOCK_N)
+        dots = None if incoming[0] is None else self.new(self.B, 1, self.N)
+        tiles = triton.cdiv(self.N, self.tile.BLOCK_N)
+        sizes = self.H, self.N, tiles
         self.launch(
-            _heads_kernel, (self.B * tiles,), self.settings,
-            *inputs, *incoming, normaliser, dots, self.H, self.N, tiles, scale, normalize,
-        )  # fmt: skip
+            _heads_kernel, (self.B * tiles,), self.tile, *inputs, *incoming, normaliser, dots, *sizes, scale, normalize
+        )
         return tuple(None if x is None else x.expand(self.B, self.H, self.N) for x in (normaliser, dots))
 
-    def add(self, wide_sums, narrow_sums, wide, narrow, eps: float, normalize: bool) -> None:
-        """The second stage: 8192 numbers at a time, 16 features of every slot."""
-        K_PADDED = triton.next_power_of_2(self.K)
-        tile = Settings(K_PADDED, max(1, 512 // K_PADDED), 16, 16, 4, 1)
-        D = wide.shape[3]
-        self.launch(
-            _add_kernel, (self.groups, max(1, triton.cdiv(D, tile.WIDTH))), tile,
-            wide_sums, narrow_sums, wide, narrow, self.H, D, self.chunks, eps, normalize,
-        )  # fmt: skip
+    def add(
+        self, wide_sums: Tensor, narrow_sums: Tensor | None, wide: Tensor, narrow: Tensor | None, eps: float = 0.0,
+        normalize: bool = False,
+    ) -> None:  # fmt: skip
+        """The second stage: 8192 numbers at a time, 16 features of all slots."""
+        K_PADDED, D = triton.next_power_of_2(self.K), wide.shape[3]
+        tile = Tile(K_PADDED, BLOCK_N=max(1, 512 // K_PADDED), BLOCK_D=16, WIDTH=16, num_warps=4, num_stages=1)
+        grid = self.groups, max(1, triton.cdiv(D, tile.WIDTH))
+        tensors = wide_sums, narrow_sums, wide, narrow
+        self.launch(_add_kernel, grid, tile, *tensors, self.H, D, self.chunks, eps, normalize)
 
 
 def slot_attention_forward(
     q, k, v, logit_bias, slot_mask, input_mask, scale, eps, eps_in_weights, normalize, joint_heads, return_attention
 ):
-    """The operator: see schema.py."""
-    call = Call(q, k, v, backward=False)
-    inputs = q, k, v, logit_bias, slot_mask, input_mask
+    """The operator of schema.py."""
+    call, inputs = Call("forward", q, k, v), (q, k, v, logit_bias, slot_mask, input_mask)
     eps_weights, eps_denominator = (eps if normalize and here else 0.0 for here in (eps_in_weights, not eps_in_weights))
     U, S = call.new(*q.shape[:3], call.DV), call.new(*q.shape[:3])
-    A = call.new(*q.shape[:3], call.N, dtype=(k if v is None else v).dtype) if return_attention else None
+    A_shape = (*q.shape[:3], call.N) if return_attention else (0,)
+    A = call.new(*A_shape, dtype=(k if v is None else v).dtype)
     U_sums, S_sums = (call.new(call.chunks, call.groups, *x.shape[2:]) for x in (U, S))
-    normaliser, _ = call.share_heads(inputs, (None,) * 5, scale, normalize) if joint_heads else (None, None)
-    call.launch(
-        _forward_kernel, (call.groups * call.chunks * call.parts,), call.settings,
-        *inputs, normaliser, A, U_sums, S_sums,
-        call.H, call.N, call.chunk, call.chunks, call.parts, scale, eps_weights,
-    )  # fmt: skip
+    normaliser = call.launch_heads(inputs, (None,) * 5, scale, normalize)[0] if joint_heads else None
+    tensors = *inputs, normaliser, A if return_attention else None, U_sums, S_sums
+    call.launch_chunks(_forward_kernel, tensors, scale, eps_weights)
     call.add(U_sums, S_sums, U, S, eps_denominator, normalize)
-    return U, S, call.new(0, dtype=(k if v is None else v).dtype) if A is None else A
+    return U, S, A
 
 
 def slot_attention_backward(
     dU, dS, dA, q, k, v, logit_bias, slot_mask, input_mask, U, S, scale, eps, eps_in_weights, normalize, joint_heads
 ):
-    """The operator: see schema.py."""
-    call = Call(q, k, v, backward=True)
-    inputs, incoming = (q, k, v, logit_bias, slot_mask, input_mask), (U, S, dU, dS, dA)
+    """The operator of schema.py."""
+    call, inputs = Call("backward", q, k, v), (q, k, v, logit_bias, slot_mask, input_mask)
+    incoming = U, S, dU, dS, dA
     dq, dk, dv, dlogit_bias = (None if x is None else call.new(*x.shape, dtype=x.dtype) for x in inputs[:4])
     dq_sums = call.new(call.chunks, call.groups, call.K, call.DK)
     dlogit_bias_sums = None if logit_bias is None else call.new(call.chunks, call.groups, call.K)
-    normaliser, dots = call.share_heads(inputs, incoming, scale, normalize) if joint_heads else (None, None)
-    call.launch(
-        _backward_kernel, (call.groups * call.chunks * call.parts,), call.settings,
-        *inputs, normaliser, dots, *incoming, dk, dv, dq_sums, dlogit_bias_sums,
-        call.H, call.N, call.chunk, call.chunks, call.parts, scale, eps if normalize and eps_in_weights else 0.0,
-        normalize,
-    )  # fmt: skip
-    call.add(dq_sums, dlogit_bias_sums, dq, dlogit_bias, 0.0, False)
+    normaliser, dots = call.launch_heads(inputs, incoming, scale, normalize) if joint_heads else (None, None)
+    tensors = *inputs, normaliser, dots, *incoming, dk, dv, dq_sums, dlogit_bias_sums
+    call.launch_chunks(_backward_kernel, tensors, scale, eps if normalize and eps_in_weights else 0.0, normalize)
+    call.add(dq_sums, dlogit_bias_sums, dq, dlogit_bias)
     return tuple(call.new(0, dtype=k.dtype) if x is None else x for x in (dq, dk, dv, dlogit_bias))
 
 
@@ -590,7 +621,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """U, S and A: see `reference.forward`."""
     inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    U, S, A = _ops.slot_attention_forward(*inputs, *_arguments(options), return_attention)
+    U, S, A = _ops.slot_attention_forward(*inputs, *schema.arguments(options), return_attention)
     out_dtype = (k if v is None else v).dtype
     U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
     return U, S, A.view(*q.shape[:-1], k.shape[-2]).to(out_dtype) if return_attention else None
@@ -612,9 +643,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients to q, k, v and logit_bias: see `reference.backward`."""
     inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    dU, dA, U = (None if x is None else _four(x, options, 2) for x in (dU, dA, U))
-    dS, S = (None if x is None else _four(x, options, 1) for x in (dS, S))
-    gradients = _ops.slot_attention_backward(dU, dS, dA, *inputs, U, S, *_arguments(options))
+    dU, dA, U = (None if x is None else schema.four(x, options, 2) for x in (dU, dA, U))
+    dS, S = (None if x is None else schema.four(x, options, 1) for x in (dS, S))
+    gradients = _ops.slot_attention_backward(dU, dS, dA, *inputs, U, S, *schema.arguments(options))
     return tuple(
         None if x is None else gradient.view(x.shape).to(x.dtype)
         for gradient, x in zip(gradients, (q, k, v, logit_bias), strict=True)
@@ -635,21 +666,7 @@ def _inputs(
         q, k, v = q.double(), k.double(), None if v is None else v.double()
     matrices, vectors = (q, k, v), (logit_bias, slot_mask, input_mask)
     return tuple(
-        None if x is None else _four(x, options, own) for own, group in ((2, matrices), (1, vectors)) for x in group
+        None if x is None else schema.four(x, options, own)
+        for own, group in ((2, matrices), (1, vectors))
+        for x in group
     )
-
-
-def _four(x: Tensor, options: Options, own: int) -> Tensor:
-    """x with its leading dimensions, all but the last `own`, as the two (B, H); a view wherever strides allow it."""
-    leading = x.dim() - own
-    if leading == 2:
-        return x
-    if leading < 2:
-        # One dimension alone is the heads where these are joint, else the batch.
-        return x[(None,) * (2 - leading)] if options.joint_heads or leading == 0 else x.unsqueeze(1)
-    return x.flatten(0, leading - 2)
-
-
-def _arguments(options: Options) -> tuple[float, float, bool, bool, bool]:
-    weights, mean = options.eps_in == "weights", options.normalize == "mean"
-    return options.scale, options.eps, weights, mean, options.joint_heads
