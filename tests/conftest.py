@@ -13,6 +13,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+# Before Triton starts: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from iio_kernels._backends import BACKENDS, Backend
 from iio_kernels.ops import composition, inpainting, slot_attention
 

@@ -291,7 +291,8 @@ def test_gradcheck(case, backend, device):
     def function(*leaves):
         return slot_attention(*leaves, return_attention=True, backend=backend, **options)
 
-    assert torch.autograd.gradcheck(function, tensors)
+    # Random directions only where the interpreter may run: a call takes it a tenth of a second.
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=backend == "triton" and device == "cpu")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(function, tensors)
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels.ops.slot_attention import schema  # noqa: F401  (defines the operators)
+from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
 
+schema.define("iio_kernels")
 _ops = torch.ops.iio_kernels
 
 
@@ -24,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """U, S and A: see `reference.forward`."""
     inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    U, S, A = _ops.slot_attention_forward(*inputs, *_arguments(options), return_attention)
+    U, S, A = _ops.slot_attention_forward(*inputs, *schema.arguments(options), return_attention)
     out_dtype = (k if v is None else v).dtype
     U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
     return U, S, A.view(*q.shape[:-1], k.shape[-2]).to(out_dtype) if return_attention else None
@@ -46,11 +47,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients to q, k, v and logit_bias: see `reference.backward`."""
     inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    incoming = (None if x is None else _four(x.to(U.dtype), options, 2) for x in (dU, dA))
+    incoming = (None if x is None else schema.four(x.to(U.dtype), options, 2) for x in (dU, dA))
     dU, dA = incoming
-    dS = None if dS is None else _four(dS, options, 1)
-    U4, S4 = _four(U, options, 2), _four(S, options, 1)
-    dq, dk, dv, dlogit_bias = _ops.slot_attention_backward(dU, dS, dA, *inputs, U4, S4, *_arguments(options))
+    dS = None if dS is None else schema.four(dS, options, 1)
+    U4, S4 = schema.four(U, options, 2), schema.four(S, options, 1)
+    dq, dk, dv, dlogit_bias = _ops.slot_attention_backward(dU, dS, dA, *inputs, U4, S4, *schema.arguments(options))
     return (
         dq.view(q.shape).to(q.dtype),
         dk.view(k.shape).to(k.dtype),
@@ -74,26 +75,10 @@ def _inputs(
     in_place = dtype == torch.float32 and k.dtype == torch.bfloat16 and (v is None or v.dtype == torch.bfloat16)
     storage = torch.bfloat16 if in_place else dtype
     return (
-        _four(q.to(dtype), options, 2),
-        _four(k.to(storage), options, 2),
-        None if v is None else _four(v.to(storage), options, 2),
-        None if logit_bias is None else _four(logit_bias.to(dtype), options, 1),
-        None if slot_mask is None else _four(slot_mask, options, 1),
-        None if input_mask is None else _four(input_mask, options, 1),
+        schema.four(q.to(dtype), options, 2),
+        schema.four(k.to(storage), options, 2),
+        None if v is None else schema.four(v.to(storage), options, 2),
+        None if logit_bias is None else schema.four(logit_bias.to(dtype), options, 1),
+        None if slot_mask is None else schema.four(slot_mask, options, 1),
+        None if input_mask is None else schema.four(input_mask, options, 1),
     )
-
-
-def _four(x: Tensor, options: Options, own: int) -> Tensor:
-    """x with its leading dimensions, all but the last `own`, as the two (B, H); a view wherever strides allow it."""
-    leading = x.dim() - own
-    if leading == 2:
-        return x
-    if leading < 2:
-        # One dimension alone is the heads where these are joint, else the batch.
-        return x[(None,) * (2 - leading)] if options.joint_heads or leading == 0 else x.unsqueeze(1)
-    return x.flatten(0, leading - 2)
-
-
-def _arguments(options: Options) -> tuple[float, float, bool, bool, bool]:
-    weights, mean = options.eps_in == "weights", options.normalize == "mean"
-    return options.scale, options.eps, weights, mean, options.joint_heads

@@ -1,8 +1,8 @@
-"""The operators under `slot_attention`, and what torch.compile needs to know of them. Imports no backend.
+"""The operators under `slot_attention`: how they are called, and what torch.compile needs to know of them.
 
 Layouts: q (B, H, K, Dk), k (B, H, N, Dk), v (B, H, N, Dv) or None for k itself; biases and masks (B, H, K) and
-(B, H, N). U (B, H, K, Dv), S (B, H, K) and the gradients to q and logit_bias are in the arithmetic's dtype (float64 for
-float64, otherwise float32); A (B, H, K, N), dk and dv are in k's. What was not asked for has no elements.
+(B, H, N). U (B, H, K, Dv) and S (B, H, K) are in the arithmetic's dtype (float64 where k is, otherwise float32), A
+(B, H, K, N) in the values', and each gradient in its input's. What was not asked for has no elements.
 """
 
 from __future__ import annotations
@@ -10,39 +10,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.slot_attention.reference import Options
+
 OPTIONS = "float scale, float eps, bool eps_in_weights, bool normalize, bool joint_heads"
 INPUTS = "Tensor q, Tensor k, Tensor? v, Tensor? logit_bias, Tensor? slot_mask, Tensor? input_mask"
 
-torch.library.define(
-    "iio_kernels::slot_attention_forward",
-    f"({INPUTS}, {OPTIONS}, bool return_attention) -> (Tensor U, Tensor S, Tensor A)",
-)
-torch.library.define(
-    "iio_kernels::slot_attention_backward",
-    f"(Tensor dU, Tensor? dS, Tensor? dA, {INPUTS}, Tensor U, Tensor S, {OPTIONS})"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlogit_bias)",
-)
+
+def define(namespace: str) -> None:
+    """Define `slot_attention_forward` and `slot_attention_backward` in a backend's namespace."""
+    forward, backward = f"{namespace}::slot_attention_forward", f"{namespace}::slot_attention_backward"
+    torch.library.define(forward, f"({INPUTS}, {OPTIONS}, bool return_attention) -> (Tensor U, Tensor S, Tensor A)")
+    torch.library.define(
+        backward,
+        f"(Tensor dU, Tensor? dS, Tensor? dA, {INPUTS}, Tensor U, Tensor S, {OPTIONS})"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlogit_bias)",
+    )
+    torch.library.register_fake(forward, _forward)
+    torch.library.register_fake(backward, _backward)
 
 
-def _arithmetic(k: Tensor) -> torch.dtype:
-    return torch.float64 if k.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("iio_kernels::slot_attention_forward")
-def _(q, k, v, logit_bias, slot_mask, input_mask, scale, eps, eps_in_weights, normalize, joint_heads, return_attention):
-    values, dtype = k if v is None else v, _arithmetic(k)
+def _forward(
+    q, k, v, logit_bias, slot_mask, input_mask, scale, eps, eps_in_weights, normalize, joint_heads, return_attention
+):
+    values, dtype = k if v is None else v, torch.float64 if k.dtype == torch.float64 else torch.float32
     return (
         q.new_empty((*q.shape[:3], values.shape[3]), dtype=dtype),
         q.new_empty(q.shape[:3], dtype=dtype),
-        k.new_empty((*q.shape[:3], k.shape[2]) if return_attention else (0,)),
+        values.new_empty((*q.shape[:3], k.shape[2]) if return_attention else (0,)),
     )
 
 
-@torch.library.register_fake("iio_kernels::slot_attention_backward")
-def _(dU, dS, dA, q, k, v, logit_bias, slot_mask, input_mask, U, S, scale, eps, eps_in_weights, normalize, joint_heads):
-    return (
-        q.new_empty(q.shape, dtype=_arithmetic(k)),
-        k.new_empty(k.shape),
-        k.new_empty((0,) if v is None else v.shape),
-        q.new_empty((0,) if logit_bias is None else q.shape[:3], dtype=_arithmetic(k)),
-    )
+def _backward(
+    dU, dS, dA, q, k, v, logit_bias, slot_mask, input_mask, U, S, scale, eps, eps_in_weights, normalize, joint_heads
+):
+    return tuple(k.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (q, k, v, logit_bias))
+
+
+def four(x: Tensor, options: Options, own: int) -> Tensor:
+    """x with its leading dimensions, all but the last `own`, as the two (B, H); a view wherever strides allow it."""
+    leading = x.dim() - own
+    if leading == 2:
+        return x
+    if leading < 2:
+        # One dimension alone is the heads where these are joint, else the batch.
+        return x[(None,) * (2 - leading)] if options.joint_heads or leading == 0 else x.unsqueeze(1)
+    return x.flatten(0, leading - 2)
+
+
+def arguments(options: Options) -> tuple[float, float, bool, bool, bool]:
+    """The operators' OPTIONS."""
+    weights, mean = options.eps_in == "weights", options.normalize == "mean"
+    return options.scale, options.eps, weights, mean, options.joint_heads
