@@ -75,29 +75,25 @@ def replaced(x, k: tl.constexpr, value):
 
 
 @inlined
-def unstacked(x, planes: tl.constexpr, lanes: tl.constexpr, count: tl.constexpr):
-    """(planes, lanes, count) -> `count` tensors (planes, lanes)."""
+def unstacked(x, count: tl.constexpr, planes: tl.constexpr, lanes: tl.constexpr):
+    """(count, planes, lanes) -> `count` tensors (planes, lanes)."""
     if count == 1:
         return (tl.reshape(x, (planes, lanes)),)
     else:
-        even, odd = tl.split(tl.reshape(x, (planes, lanes, count // 2, 2)))
-        evens = unstacked(even, planes, lanes, count // 2)
-        odds = unstacked(odd, planes, lanes, count // 2)
-        result = ()
-        for k in tl.static_range(count // 2):
-            result = result + (evens[k], odds[k])
-        return result
+        halves = tl.permute(tl.reshape(x, (2, count // 2, planes, lanes)), (1, 2, 3, 0))
+        first, second = tl.split(halves)
+        return unstacked(first, count // 2, planes, lanes) + unstacked(second, count // 2, planes, lanes)
 
 
 @inlined
-def stacked(x, planes: tl.constexpr, lanes: tl.constexpr, count: tl.constexpr):
-    """`count` tensors (planes, lanes) -> (planes, lanes, count)."""
+def stacked(x, count: tl.constexpr, planes: tl.constexpr, lanes: tl.constexpr):
+    """`count` tensors (planes, lanes) -> (count, planes, lanes)."""
     if count == 1:
-        return x[0]
+        return tl.reshape(x[0], (1, planes, lanes))
     else:
-        even = stacked(x[0::2], planes, lanes, count // 2)
-        odd = stacked(x[1::2], planes, lanes, count // 2)
-        return tl.reshape(tl.join(even, odd), (planes, lanes, count))
+        first = stacked(x[: count // 2], count // 2, planes, lanes)
+        second = stacked(x[count // 2 :], count // 2, planes, lanes)
+        return tl.reshape(tl.permute(tl.join(first, second), (3, 0, 1, 2)), (count, planes, lanes))
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -191,22 +187,22 @@ def filter_lines(
     zero = tl.full((PLANES, LANES), 0, DTYPE)
     sums = zero
     for first_line in range(0, lines, LANES):
-        line = (first_line + tl.arange(0, LANES)).to(INDEX)[None, :, None]
+        line = (first_line + tl.arange(0, LANES)).to(INDEX)[None, None, :]
         of_line = exists & (line < lines)
         windows = copies(copies(zero, 2 * radius + 1), PASSES)
         for first in range(0, length + reach, STEP):
-            place = (first + tl.arange(0, STEP)).to(INDEX)[None, None, :]
+            place = (first + tl.arange(0, STEP)).to(INDEX)[:, None, None]
             inside = of_line & (place < length)
             if m is None:
                 x = tl.load(planes[0] + line * planes[1] + place * planes[2], inside, 0.0)
             else:
                 x = read_mask(m[0] + line * m[1] + place * m[2], inside, DTYPE)
                 x *= tl.load(X[0] + line * X[1] + place * X[2], inside & X[3], 1.0).to(DTYPE)
-            x = unstacked(x, PLANES, LANES, STEP)
+            x = unstacked(x, STEP, PLANES, LANES)
             for s in tl.static_range(STEP):
                 sums += x[s]
             y, windows = filter_elements(x, windows, first, length, taps)
-            y = stacked(plus(y, copies(everywhere, STEP)), PLANES, LANES, STEP)
+            y = stacked(plus(y, copies(everywhere, STEP)), STEP, PLANES, LANES)
             place -= reach
             tl.store(planes[0] + line * planes[1] + place * planes[2], y, of_line & (place >= 0) & (place < length))
     return sums
@@ -228,7 +224,7 @@ def filter_planes(
     planes_ptr  (B, K, C + 1, H, W), count = B K (C + 1) planes; with PRODUCTS they are only written
     totals_ptr  (B, K, C + 1)  sum(x): written by the FIRST of the launches that all passes take, added by the LAST
     """
-    plane = (tl.program_id(0).to(INDEX) * PLANES + tl.arange(0, PLANES))[:, None, None]
+    plane = (tl.program_id(0).to(INDEX) * PLANES + tl.arange(0, PLANES))[None, :, None]
     exists = plane < count
     c = plane % (C + 1)
     i = plane // (C + 1) % K
@@ -262,13 +258,6 @@ def filter_planes(
 
 
 # ---- Subsets --------------------------------------------------------------------------------------------------------
-
-
-@inlined
-def read_g(m_ptr, norms_ptr, i, inside, exists, stride, C: tl.constexpr, dtype: tl.constexpr):
-    """g_i = m_i / ||m_i||."""
-    norm = tl.load(norms_ptr + i * (C + 1), exists, 0.0)
-    return read_mask(m_ptr + i * stride, inside, dtype) * reciprocal_or_0(norm)
 
 
 @inlined
@@ -369,17 +358,16 @@ def subsets(
     norms_ptr = totals_ptr + b * K * (C + 1) + C
     if weights_ptr is None:
         factor: tl.constexpr = -1 / C
-        HELD: tl.constexpr = LOW
         weights = None
     else:
         weights = (weights_ptr + b * K * ((1 << (K - 1)) - 1), b < B)
         factor: tl.constexpr = 1 / C
-        HELD: tl.constexpr = K
     zero = tl.full((ROWS, BLOCK), 0, DTYPE)
 
     g = ()
-    for i in tl.static_range(HELD):
-        g = g + (read_g(m_ptr, norms_ptr, i, inside, b < B, m_strides[1], C, DTYPE),)
+    for i in tl.static_range(K):
+        inverse_norm = reciprocal_or_0(tl.load(norms_ptr + i * (C + 1), b < B, 0.0))
+        g = g + (read_mask(m_ptr + i * m_strides[1], inside, DTYPE) * inverse_norm,)
     T = copies(zero, K)
     dd = copies(zero, K)
     for first_c in range(0, C, CHANNELS):
@@ -397,12 +385,12 @@ def subsets(
         for upper in range(1 << (K - LOW)):
             node = copies(zero, CHANNELS + 1)
             w = zero
-            for i in range(LOW, K):
+            for j in range(LOW, K):
+                member = ((upper >> (j - LOW)) & 1) == 1
+                node = plus(node, residuals(planes_ptr, X, j, first_c, inside & member, C, pixels))
+            for i in tl.static_range(LOW, K):
                 member = ((upper >> (i - LOW)) & 1) == 1
-                node = plus(node, residuals(planes_ptr, X, i, first_c, inside & member, C, pixels))
-                if weights is None:
-                    absent = ((upper >> (i - LOW)) & 1) == 0
-                    w += read_g(m_ptr, norms_ptr, i, inside & absent, b < B, m_strides[1], C, DTYPE)
+                w += tl.where(member, 0.0, g[i])
             sums, e, gradients, T = walk(
                 node, w, upper << LOW, masks, g, gradients, T, weights, LOW, GRADIENTS
             )
@@ -438,8 +426,7 @@ def subsets(
             tl.store(planes_ptr + (i * (C + 1) + C) * pixels, factor * dd[i], inside)
         if T_ptr is not None:
             tl.store(T_ptr + (b * K + i) * pixels + p, factor * T[i], inside)
-        g_i = read_g(m_ptr, norms_ptr, i, inside, b < B, m_strides[1], C, DTYPE)
-        dot = tl.sum(factor * g_i * T[i], 1, keep_dims=True)
+        dot = tl.sum(factor * g[i] * T[i], 1, keep_dims=True)
         tl.store(dots_ptr + (b * K + i) * blocks + program % blocks, dot, b < B)
 
 
