@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels.ops.inpainting import schema  # noqa: F401  (defines the operators)
+from iio_kernels.ops.inpainting import schema
 from iio_kernels.ops.inpainting.reference import Inpainter
 
 #: Subsets are visited, never held: time is the limit, 2^K a pixel.
 MAX_MASKS = 16
 
+schema.define("iio_kernels")
 _ops = torch.ops.iio_kernels
 
 

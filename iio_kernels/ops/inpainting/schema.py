@@ -1,7 +1,7 @@
 """The operators under the inpainting functions, and what torch.compile needs to know of them. Imports no backend.
 
-image (B, C, H, W) and masks (B, K, H, W) in the arithmetic's dtype, any strides. What was not asked for has no
-elements.
+image (B, C, H, W) and masks (B, K, H, W), any strides. Results are in the dtype of the arithmetic. What was not asked
+for has no elements.
 """
 
 from __future__ import annotations
@@ -9,45 +9,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INPUTS = "Tensor image, Tensor masks, float sigma, int kernel_size, int repeats, float eps"
-
-torch.library.define(
-    "iio_kernels::iio_loss",
-    f"({INPUTS}, bool image_gradient, bool masks_gradient) -> (Tensor losses, Tensor dimage, Tensor dmasks)",
-)
-torch.library.define("iio_kernels::conditional_entropies", f"({INPUTS}) -> Tensor")
-torch.library.define(
-    "iio_kernels::conditional_entropies_backward",
-    f"(Tensor grad, {INPUTS}, bool image_gradient) -> (Tensor dimage, Tensor dmasks)",
-)
-torch.library.define("iio_kernels::inpaint", f"({INPUTS}) -> Tensor")
-torch.library.define("iio_kernels::inpaint_backward", f"(Tensor grad, {INPUTS}) -> (Tensor dimage, Tensor dmasks)")
+from iio_kernels._numerics import arithmetic_dtype
 
 
-def _like(x: Tensor, wanted: bool = True) -> Tensor:
-    return x.new_empty(x.shape if wanted else (0,))
+def define(namespace: str) -> None:
+    """Define the operators of one backend, which is to register its implementations in the same namespace."""
+    for name, (schema, fake) in _OPERATORS.items():
+        torch.library.define(f"{namespace}::{name}", schema)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
 
 
-@torch.library.register_fake("iio_kernels::iio_loss")
-def _(image, masks, sigma, kernel_size, repeats, eps, image_gradient, masks_gradient):
-    return image.new_empty(image.shape[0]), _like(image, image_gradient), _like(masks, masks_gradient)
+def _like(x: Tensor, dtype: torch.dtype, wanted: bool = True) -> Tensor:
+    return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
 
 
-@torch.library.register_fake("iio_kernels::conditional_entropies")
-def _(image, masks, sigma, kernel_size, repeats, eps):
-    return masks.new_empty((*masks.shape[:2], 2 ** (masks.shape[1] - 1) - 1))
+def _iio_loss(image, masks, sigma, kernel_size, repeats, eps, image_gradient, masks_gradient):
+    dtype = arithmetic_dtype(image, masks)
+    losses = image.new_empty(image.shape[0], dtype=dtype)
+    return losses, _like(image, dtype, image_gradient), _like(masks, dtype, masks_gradient)
 
 
-@torch.library.register_fake("iio_kernels::conditional_entropies_backward")
-def _(grad, image, masks, sigma, kernel_size, repeats, eps, image_gradient):
-    return _like(image, image_gradient), _like(masks)
+def _conditional_entropies(image, masks, sigma, kernel_size, repeats, eps):
+    shape = (*masks.shape[:2], 2 ** (masks.shape[1] - 1) - 1)
+    return masks.new_empty(shape, dtype=arithmetic_dtype(image, masks))
 
 
-@torch.library.register_fake("iio_kernels::inpaint")
-def _(image, masks, sigma, kernel_size, repeats, eps):
-    return masks.new_empty((*masks.shape[:2], *image.shape[1:]))
+def _conditional_entropies_backward(grad, image, masks, sigma, kernel_size, repeats, eps, image_gradient):
+    dtype = arithmetic_dtype(image, masks)
+    return _like(image, dtype, image_gradient), _like(masks, dtype)
 
 
-@torch.library.register_fake("iio_kernels::inpaint_backward")
-def _(grad, image, masks, sigma, kernel_size, repeats, eps):
-    return _like(image), _like(masks)
+def _inpaint(image, masks, sigma, kernel_size, repeats, eps):
+    return masks.new_empty((*masks.shape[:2], *image.shape[1:]), dtype=arithmetic_dtype(image, masks))
+
+
+def _inpaint_backward(grad, image, masks, sigma, kernel_size, repeats, eps):
+    dtype = arithmetic_dtype(image, masks)
+    return _like(image, dtype), _like(masks, dtype)
+
+
+_INPUTS = "Tensor image, Tensor masks, float sigma, int kernel_size, int repeats, float eps"
+
+_OPERATORS = {
+    "iio_loss": (
+        f"({_INPUTS}, bool image_gradient, bool masks_gradient) -> (Tensor losses, Tensor dimage, Tensor dmasks)",
+        _iio_loss,
+    ),
+    "conditional_entropies": (f"({_INPUTS}) -> Tensor", _conditional_entropies),
+    "conditional_entropies_backward": (
+        f"(Tensor grad, {_INPUTS}, bool image_gradient) -> (Tensor dimage, Tensor dmasks)",
+        _conditional_entropies_backward,
+    ),
+    "inpaint": (f"({_INPUTS}) -> Tensor", _inpaint),
+    "inpaint_backward": (f"(Tensor grad, {_INPUTS}) -> (Tensor dimage, Tensor dmasks)", _inpaint_backward),
+}

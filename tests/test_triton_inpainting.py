@@ -1,0 +1,186 @@
+"""What the Triton kernels of inpainting promise beyond the results that every backend's tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from aot import ARCHITECTURES, Compiled, compile_calls
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iio_kernels import conditional_entropies, iio_loss, inpaint
+from iio_kernels._backends import BACKENDS
+from iio_kernels.ops.inpainting.spec import Case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+here = pytest.mark.skipif(
+    BACKENDS["triton"].refuses(torch.device(DEVICE)) is not None, reason="Triton can run no kernels here"
+)
+
+
+def results(function, tensors: tuple[Tensor, ...], backend: str = "triton", **options) -> tuple[Tensor, ...]:
+    """What it returns, and the gradients to image and masks of a weighted sum of that."""
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    result = function(*leaves, backend=backend, **options)
+    random = torch.Generator().manual_seed(1)
+    incoming = torch.randn(result.shape, generator=random, dtype=torch.float64).to(result)
+    return result.detach(), *torch.autograd.grad(result, leaves, incoming)
+
+
+def loss(image: Tensor, masks: Tensor, **options) -> Tensor:
+    return iio_loss(image, masks, reduction="none", **options)
+
+
+def assert_all_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], relative: float) -> None:
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=relative * y.abs().max().item())
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@here
+@pytest.mark.parametrize("K", [11, 16])
+def test_many_masks(K):
+    """Against a sum over subsets in another order."""
+    (image, masks), options = Case("many", B=1, C=1, K=K, H=3, W=2, options={"kernel_size": 1}).make(torch.float32)
+    tensors = image.to(DEVICE), masks.to(DEVICE)
+    backend = "cpu" if K > 12 else "reference"
+    options |= {"eps": 1e-2}  # or a single tap would predict every pixel by itself
+    if BACKENDS[backend].missing() is not None:
+        pytest.skip("no other backend takes so many masks")
+    expected = results(loss, (image.double(), masks.double()), backend, **options)
+    assert_all_close([x.cpu() for x in results(loss, tensors, **options)], expected, 1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The interpreter takes the blocks that a GPU would."""
+    from iio_kernels.ops.inpainting import triton as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+
+
+@here
+@pytest.mark.parametrize("function", [loss, conditional_entropies, inpaint])
+def test_images_larger_than_a_block(function, as_on_a_gpu):
+    tensors, _ = Case("large", B=1, C=4, K=2, H=70, W=150).make(torch.float64, DEVICE)
+    assert_all_close(results(function, tensors), results(function, tensors, "reference"), 1e-10)
+
+
+@here
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_images_smaller_than_a_block(size, as_on_a_gpu):
+    tensors, options = Case("small", B=3, H=size[0], W=size[1], options={"kernel_size": 1, "eps": 1e-2}).make(
+        torch.float64, DEVICE
+    )
+    assert_all_close(results(loss, tensors, **options), results(loss, tensors, "reference", **options), 1e-10)
+
+
+@here
+@pytest.mark.parametrize(("kernel_size", "repeats"), [(3, 24), (25, 3), (33, 1)])
+def test_filters_that_take_several_launches(kernel_size, repeats):
+    """And those whose windows fill the registers."""
+    tensors, _ = Case("wide", B=1, K=2, H=33, W=34).make(torch.float64, DEVICE)
+    options = {"kernel_size": kernel_size, "repeats": repeats, "sigma": 8.0}
+    assert_all_close(results(inpaint, tensors, **options), results(inpaint, tensors, "reference", **options), 1e-10)
+
+
+# --- offsets --------------------------------------------------------------------------------------------------------
+
+
+@here
+@pytest.mark.parametrize("function", [loss, conditional_entropies, inpaint])
+def test_offsets_of_64_bits_change_nothing(function, monkeypatch):
+    from iio_kernels.ops.inpainting import triton as kernels
+
+    tensors, options = Case("offsets", K=5, C=4).make(torch.float32, DEVICE)
+    expected = results(function, tensors, **options)
+    monkeypatch.setattr(kernels, "index_type", lambda *tensors: kernels.tl.int64)
+    assert all(map(torch.equal, results(function, tensors, **options), expected))
+
+
+@pytest.mark.skipif(BACKENDS["triton"].missing() == "the package triton is not installed", reason="no Triton")
+def test_offsets_have_64_bits_where_32_are_too_few():
+    from iio_kernels.ops.inpainting.triton import index_type, tl
+
+    def on_meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    small, last = on_meta(4, 64), on_meta(2**31)
+    assert index_type(small) == index_type(small, last) == tl.int32
+    assert index_type(small, on_meta(2**31 + 1)) == tl.int64
+    assert index_type(on_meta(1, 2**20, 2**12)) == tl.int64
+    # What counts is how far elements lie apart, not how many there are.
+    assert index_type(small.expand(2**40, 4, 64)) == tl.int32
+    assert index_type(on_meta(2**16, 2**16)[:, :1]) == tl.int64
+    assert index_type(on_meta(0, 2**40), small) == tl.int32
+
+
+# --- launches and memory --------------------------------------------------------------------------------------------
+
+
+def train(B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype = torch.float32, **options) -> None:
+    """Launch the kernels of a loss and the gradient to its masks."""
+    call("iio_loss", B, K, C, H, W, dtype, False, True, **options)
+
+
+def call(
+    name: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool,
+    kernel_size: int = 11, repeats: int = 2,
+) -> None:  # fmt: skip
+    """Launch an operator's kernels, on tensors without memory."""
+    from iio_kernels.ops.inpainting import triton as kernels
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    gradients = {
+        "conditional_entropies_backward": (new(B, K, 2 ** (K - 1) - 1, dtype=arithmetic),),
+        "inpaint_backward": (new(B, K, C, H, W, dtype=arithmetic),),
+    }
+    inputs = *gradients.get(name, ()), new(B, C, H, W), new(B, K, H, W)
+    getattr(kernels, f"_{name}")(*inputs, 5.0, kernel_size, repeats, 1e-8, *needs)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes that are asked for within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The names of the kernels that are launched, which are not."""
+    from iio_kernels.ops.inpainting import triton as kernels
+
+    names = []
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *arguments, **constants: names.append(kernel.__name__))
+    return names
+
+
+@here
+def test_a_training_step_takes_four_launches(launches):
+    train(B=64, K=4, C=3, H=35, W=35)
+    assert launches == ["filter_planes", "subsets", "filter_planes", "masks_gradient"]
+
+
+@here
+def test_memory_is_that_of_the_planes(launches):
+    B, K, C, H, W = 64, 7, 3, 128, 128
+    with Allocations() as allocated:
+        train(B, K, C, H, W)
+    inputs, result = (4 * planes * B * H * W for planes in (K + C, K))
+    assert allocated.bytes - inputs - result < 3 * inputs
