@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,9 @@ from tests import literal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 each_direction = pytest.mark.parametrize("backward", [True, False], ids=["forward+backward", "forward"])
 each_contender = pytest.mark.parametrize("contender", ["eager", "torch.compile", "ours"])
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str
+)
 named = {"ids": lambda case: case.name}
 
 
@@ -21,9 +26,9 @@ def compiled(function):
     return torch.compile(function)
 
 
-def floor(case, machine, backward: bool) -> float:
+def floor(case, machine, dtype: torch.dtype, backward: bool) -> float:
     """Seconds that no kernel can beat: the least traffic at a copy's speed, the operations at a product's."""
-    bytes_moved = case.bytes_moved(torch.float32, backward) + (case.bytes_moved(torch.float32) if backward else 0)
+    bytes_moved = case.bytes_moved(dtype, backward) + (case.bytes_moved(dtype) if backward else 0)
     operations = case.flops() + case.flops(backward=True) if backward else case.flops()
     return max(bytes_moved / machine["bytes_per_second"], operations / machine["operations_per_second"])
 
@@ -36,82 +41,102 @@ def loss_floor(case, machine, backward: bool) -> float:
     )
 
 
+def suffix(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
+
+
 @each_contender
 @each_direction
+@each_dtype
 @pytest.mark.parametrize("case", ATTENTION[DEVICE], **named)
-def test_slot_attention(race, device, machine, case, backward, contender):
-    inputs, options = case.make(torch.float32, device)
-    inputs = [x.requires_grad_(backward) for x in inputs]
+def test_slot_attention(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
+    """On inputs of their own, one call after the other, where a cache could hold them."""
     call = {
-        "eager": lambda *x: slot_attention(*x, backend="reference", **options),
-        "ours": lambda *x: slot_attention(*x, **options),
+        "eager": lambda *x: slot_attention(*x, backend="reference", **case.options),
+        "ours": lambda *x: slot_attention(*x, **case.options),
     }
     call["torch.compile"] = compiled(call["eager"])
-    dU = torch.randn(*inputs[0].shape[:-1], case.Dv, device=device)
 
-    def step():
-        U = call[contender](*inputs)
-        return torch.autograd.grad(U, inputs, dU) if backward else U
+    def step(seed: int):
+        inputs = [x.requires_grad_(backward) for x in case.make(dtype, device, seed)[0]]
+        dU = torch.randn(*inputs[0].shape[:-1], case.Dv, device=device, dtype=dtype)
+
+        def run():
+            U = call[contender](*inputs)
+            return torch.autograd.grad(U, inputs, dU) if backward else U
+
+        return run
 
     race(
-        step,
-        group=f"slot_attention, {case.name}, B{case.batch[0]} N{case.N} K{case.K} D{case.Dk}, "
+        [step(seed) for seed in sets_of_inputs(case.bytes_moved(dtype))],
+        group=f"slot_attention, {case.name}, B{case.batch[0]} N{case.N} K{case.K} D{case.Dk}{suffix(dtype)}, "
         f"{'forward+backward' if backward else 'forward'}",
         name=contender,
-        floor=floor(case, machine, backward),
+        floor=floor(case, machine, dtype, backward),
     )
 
 
 @each_contender
 @each_direction
+@each_dtype
 @pytest.mark.parametrize("case", ATTENTION[f"{DEVICE}, from inputs"], **named)
-def test_slot_attention_from_inputs(race, device, machine, case, backward, contender):
+def test_slot_attention_from_inputs(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
     """Against projecting x to keys and values, then eager attention. Dv stands for the width of x."""
-    (q, _, x), options = case.make(torch.float32, device)
-    wk, wv = (torch.randn(case.Dk, case.Dv, device=device) for _ in range(2))
-    inputs = [y.requires_grad_(backward) for y in (x, q, wk, wv)]
     call = {
-        "eager": lambda x, q, wk, wv: slot_attention(q, x @ wk.mT, x @ wv.mT, backend="reference", **options),
-        "ours": lambda x, q, wk, wv: slot_attention_from_inputs(x, q, wk, None, wv, None, **options),
+        "eager": lambda x, q, wk, wv: slot_attention(q, x @ wk.mT, x @ wv.mT, backend="reference", **case.options),
+        "ours": lambda x, q, wk, wv: slot_attention_from_inputs(x, q, wk, None, wv, None, **case.options),
     }
     call["torch.compile"] = compiled(call["eager"])
-    dU = torch.randn(*q.shape, device=device)
 
-    def step():
-        U = call[contender](*inputs)
-        return torch.autograd.grad(U, inputs, dU) if backward else U
+    def step(seed: int):
+        (q, _, x), _ = case.make(dtype, device, seed)
+        wk, wv = (torch.randn(case.Dk, case.Dv, device=device, dtype=dtype) for _ in range(2))
+        inputs = [y.requires_grad_(backward) for y in (x, q, wk, wv)]
+        dU = torch.randn_like(q)
 
-    x_bytes = x.nbytes * (3 if backward else 1)
+        def run():
+            U = call[contender](*inputs)
+            return torch.autograd.grad(U, inputs, dU) if backward else U
+
+        return run
+
+    x_bytes = math.prod(case.batch) * case.N * case.Dv * dtype.itemsize
     race(
-        step,
+        [step(seed) for seed in sets_of_inputs(x_bytes)],
         group=f"slot_attention_from_inputs, {case.name}, B{case.batch[0]} N{case.N} K{case.K} D{case.Dk} "
-        f"x{case.Dv}, {'forward+backward' if backward else 'forward'}",
+        f"x{case.Dv}{suffix(dtype)}, {'forward+backward' if backward else 'forward'}",
         name=contender,
-        floor=x_bytes / machine["bytes_per_second"],
+        floor=x_bytes * (3 if backward else 1) / machine["bytes_per_second"],
     )
 
 
 @pytest.mark.parametrize("contender", ["literal", "eager", "torch.compile", "ours"])
 @each_direction
 @pytest.mark.parametrize("case", IIO[DEVICE], **named)
-def test_iio_loss(race, device, machine, case, backward, contender):
+def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contender):
     if contender != "ours" and case.K > 7:
         pytest.skip("at this size only ours is practical")
-    (image, masks), options = case.make(torch.float32, device)
-    masks.requires_grad_(backward)
     call = {
-        "literal": lambda: literal.iio_loss(image, masks).mean(),
-        "eager": lambda: iio_loss(image, masks, backend="reference", **options),
-        "ours": lambda: iio_loss(image, masks, **options),
+        "literal": lambda image, masks: literal.iio_loss(image, masks).mean(),
+        "eager": lambda image, masks: iio_loss(image, masks, backend="reference", **case.options),
+        "ours": lambda image, masks: iio_loss(image, masks, **case.options),
     }
     call["torch.compile"] = compiled(call["eager"])
 
-    def step():
-        loss = call[contender]()
-        return torch.autograd.grad(loss, masks) if backward else loss
+    def step(seed: int):
+        random = torch.Generator(device).manual_seed(seed)
+        image = torch.rand(case.B, case.C, case.H, case.W, generator=random, device=device)
+        masks = torch.randn(case.B, case.K, case.H, case.W, generator=random, device=device).softmax(1)
+        masks.requires_grad_(backward)
+
+        def run():
+            loss = call[contender](image, masks)
+            return torch.autograd.grad(loss, masks) if backward else loss
+
+        return run
 
     race(
-        step,
+        [step(seed) for seed in sets_of_inputs(case.bytes_moved(torch.float32))],
         group=f"iio_loss, {case.name}, B{case.B} K{case.K} {case.H}x{case.W}, "
         f"{'forward+backward' if backward else 'forward'}",
         name=contender,

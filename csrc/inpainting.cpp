@@ -297,7 +297,8 @@ void totals(Image<T> image) {
     const double sum = add_parts(image.scratch + image.sums + plane, image.chunks, stride);
     image.scratch[image.totals + plane] = T(image.args.eps * sum);
     if (plane < image.K * (image.C + 1) && plane % (image.C + 1) == image.C) {
-      image.scratch[image.inverse_norms + plane / (image.C + 1)] = sum == 0 ? 0 : T(1 / sum);
+      // 1 / infinity would pass for an empty mask: it is to be NaN.
+      image.scratch[image.inverse_norms + plane / (image.C + 1)] = sum == 0 ? 0 : T(1 / sum + (sum - sum));
     }
   }
 }

@@ -17,7 +17,7 @@ inline Isa widest_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
     return Isa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return Isa::avx2;
   }
 #endif

@@ -219,7 +219,7 @@ struct GradientSums {
     const V inverse_D = reciprocal_or_0(node.D), w_by_D = w * inverse_D, norm = node.norm();
     e = norm * inverse_D;
     for (int c = 0; c < kC; ++c) toward_R[c] = times_sign(w_by_D, node.R[c]);
-    toward_D = w_by_D * inverse_D * norm;
+    toward_D = w_by_D * e;  // not w / D^2, which is too large for a float where the masks are tiny
   }
 
   IIO_INLINE void operator+=(const GradientSums& other) {

@@ -21,7 +21,7 @@ def report() -> str:
     }
     try:
         compiler = _build.find_compiler()
-        facts["compiler"] = f"{compiler}: {_build.compiler_version(compiler)}"
+        facts["compiler"] = f"{' '.join(compiler)}: {_build.compiler_version(compiler)}"
     except _build.BuildError as error:
         facts["compiler"] = str(error)
     facts["cache"] = str(_build.cache_folder())

@@ -23,7 +23,8 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     torch's own `once_differentiable` raises only where an incoming gradient requires gradient. That of a
     scalar loss does not: under `create_graph=True` its gradients would pass for constants, and a penalty on
-    them do nothing.
+    them do nothing. Here each gradient hangs from the tensors that it depends on by a node whose own backward raises,
+    so that whoever asks for a second derivative, of whatever input, comes by it.
     """
 
     @functools.wraps(backward)
@@ -32,21 +33,25 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
             gradients = backward(ctx, *incoming)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients
-        trigger = torch.zeros((), requires_grad=True)
-        return tuple(None if x is None else _Final.apply(x, trigger) for x in gradients)
+        sources = [x for x in (*ctx.saved_tensors, *incoming) if x is not None and x.requires_grad]
+        return tuple(None if x is None else _Final.apply(x, *sources) for x in gradients)
 
     return wrapper
 
 
 class _Final(torch.autograd.Function):
-    """The identity on a gradient not to be differentiated; `trigger` is what makes autograd record it."""
+    """The identity on a gradient not to be differentiated, which depends on `sources`."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, trigger: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
         raise RuntimeError(
             'this backend differentiates once: for second derivatives call the operation with backend="reference"'
         )

@@ -131,9 +131,47 @@ def test_kill_9_in_mid_build_leaves_nothing_in_the_way(tmp_path, compiler):
 @needs_kernels
 def test_a_cache_that_cannot_be_written(tmp_path, compiler):
     (tmp_path / "file").touch()
-    out, errors = finish(start(tmp_path / "file" / "cache", compiler, TMPDIR=str(tmp_path)))
+    (tmp_path / "tmp").mkdir()
+    program = PROGRAM + "print(iio_kernels._build.instruction_set())"
+    out, errors = finish(start(tmp_path / "file" / "cache", compiler, program, TMPDIR=str(tmp_path / "tmp")))
     assert "serves: ['cpu', 'reference']" in out
     assert "IIO_KERNELS_CACHE" in errors
+    assert calls(compiler).count("link") == 1
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@needs_kernels
+def test_no_home(tmp_path, compiler):
+    """As in a container that runs under a bare user id."""
+    program = "import os; os.path.expanduser = lambda path: path\n" + PROGRAM
+    out, _ = finish(start("", compiler, program, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)))
+    assert "serves: ['cpu', 'reference']" in out
+    assert not Path("~").exists()
+
+
+@needs_kernels
+def test_a_file_system_without_locks(tmp_path, compiler):
+    """Processes then build beside each other, and leave each other's builds alone."""
+    no_locks = "import fcntl\ndef flock(*_): raise OSError(38, 'no locks')\nfcntl.flock = flock\n"
+    (tmp_path / "cache" / "build-of-another-process").mkdir(parents=True)
+    processes = [start(tmp_path / "cache", compiler, no_locks + PROGRAM) for _ in range(3)]
+    assert all("serves: ['cpu', 'reference']" in finish(process)[0] for process in processes)
+    assert (tmp_path / "cache" / "build-of-another-process").exists()
+
+
+@needs_kernels
+def test_a_compiler_with_arguments(tmp_path, compiler):
+    out, _ = finish(start(tmp_path / "cache", f"env SOME=thing {compiler}"))
+    assert "serves: ['cpu', 'reference']" in out
+
+
+@needs_kernels
+def test_a_library_that_is_there_needs_no_compiler(tmp_path, compiler):
+    """Built in one image of a container, say, and used in another."""
+    finish(start(tmp_path / "cache", compiler))
+    out, errors = finish(start(tmp_path / "cache", "/no/such/c++"))
+    assert "serves: ['cpu', 'reference']" in out
+    assert errors == ""
 
 
 @needs_kernels
@@ -213,7 +251,7 @@ def test_the_report_names_backends_compiler_cache_and_instruction_set(tmp_path):
     assert str(tmp_path / "cache") in out
     if _build.missing() is None:
         out = subprocess.run([sys.executable, "-m", "iio_kernels"], cwd=ROOT, capture_output=True, text=True).stdout
-        assert _build.find_compiler() in out
+        assert _build.find_compiler()[0] in out
         assert "instruction set" in out
 
 
@@ -261,6 +299,18 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(shipped, tmp_path):
 # --- memory and undefined behaviour -------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
+def test_it_compiles_for_arm64(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "INSTRUCTION_SETS", {"baseline": []})
+    compile_all, link = _build.commands(["aarch64-linux-gnu-g++"], tmp_path)
+    link = [part for part in link if not part.startswith(("-l", "-L"))]  # torch's own libraries are this machine's
+    with _build.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_build._call, compile_all))
+    _build._call(link)
+    machine = (tmp_path / "library.so").read_bytes()[18:20]
+    assert int.from_bytes(machine, "little") == 183  # EM_AARCH64
+
+
 def sanitizer_runtime(compiler: str) -> str | None:
     """The AddressSanitizer library, which must be loaded before Python; None where there is none."""
     done = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)
@@ -270,12 +320,12 @@ def sanitizer_runtime(compiler: str) -> str | None:
 @needs_kernels
 def test_sanitizers_find_nothing(tmp_path):
     """Every case forward and backward in a build that stops at the first bad access or undefined operation."""
-    compiler = _build.find_compiler()
+    compiler = _build.find_compiler()[0]
     runtime = sanitizer_runtime(compiler)
     if runtime is None:
         pytest.skip(f"{compiler} has no AddressSanitizer")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
-    compile_all, link = _build.commands(compiler, tmp_path, [*_build.FLAGS, "-O1", *sanitize])
+    compile_all, link = _build.commands([compiler], tmp_path, [*_build.FLAGS, "-O1", *sanitize])
     best = _build.instruction_set()
     for command in compile_all:
         if any(part.startswith("-DIIO_ISA=") and part != f"-DIIO_ISA={best}" for part in command):

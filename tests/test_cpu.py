@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import literal
@@ -19,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import iio_kernels
 from iio_kernels import (
     _backends,
     _build,
@@ -33,24 +38,31 @@ from iio_kernels.ops.inpainting import spec as iio_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 from models.slot_attention import SlotAttentionAutoEncoder
 
-pytestmark = pytest.mark.skipif(_build.missing() is not None, reason=f"no CPU kernels: {_build.missing()}")
+if _build.missing() is not None:
+    pytest.skip(f"no CPU kernels: {_build.missing()}", allow_module_level=True)
 
 for op in ("slot_attention", "inpainting"):
     _backends.implementation(op, "cpu")  # which defines the operators
 ops = torch.ops.iio_kernels
 ROOT = Path(__file__).parents[1]
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-each_dtype = pytest.mark.parametrize("dtype", (F32, F64, BF16), ids=lambda dtype: str(dtype).removeprefix("torch."))
-# torch.compile itself makes an instance of every Function that it traces.
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture
-def set_threads():
-    """torch.set_num_threads, undone afterwards."""
+@contextmanager
+def threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Unless a test asks for more: threads that wait for each other take long where others compute too."""
+    with threads(1):
+        yield
 
 
 # --- good calls of the raw operators ------------------------------------------------------------------------
@@ -198,35 +210,44 @@ each_large = pytest.mark.parametrize(("operator", "how"), LARGE, ids=str)
 
 
 @pytest.mark.parametrize("operators", [tuple(ATTENTION), *((name,) for name in INPAINTING)], ids=" ".join)
-def test_a_thousand_runs_on_two_threads_give_the_same_bits(operators, set_threads):
-    set_threads(2)
+def test_a_thousand_runs_on_two_threads_give_the_same_bits(operators):
     how = {"B": 3, "N": 1100, "K": 4, "Dk": 16, "Dv": 16} if operators[0] in ATTENTION else {"B": 3}
     calls = [(operator, GOOD[operator](**how)) for operator in operators]
-    expected = [without_nan(call(*each)) for each in calls]
-    for _ in range(1000):
-        for each, results in zip(calls, expected, strict=True):
-            assert all(map(torch.equal, call(*each), results))
+    with threads(2):
+        expected = [without_nan(call(*each)) for each in calls]
+        for _ in range(1000):
+            for each, results in zip(calls, expected, strict=True):
+                assert all(map(torch.equal, call(*each), results))
 
 
 @each_large
-def test_the_number_of_threads_changes_no_bit(operator, how, set_threads):
+def test_the_number_of_threads_changes_no_bit(operator, how):
     arguments = GOOD[operator](**how)
-    set_threads(1)
+    with threads(1):
+        expected = without_nan(call(operator, arguments))
+    for number in (2, 5):
+        with threads(number):
+            assert_same(call(operator, arguments), expected)
+
+
+@each_large
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_image_does_not_depend_on_the_others(operator, how, number):
+    arguments = GOOD[operator](**how)
+    with threads(number):
+        whole = without_nan(call(operator, arguments))
+        for b in range(how["B"]):
+            one = {name: x[b : b + 1] if isinstance(x, Tensor) else x for name, x in arguments.items()}
+            assert_same(call(operator, one), [x[b : b + 1] if x.numel() else x for x in whole])
+
+
+@each_operator
+def test_calls_from_four_threads_of_python_at_once(operator):
+    arguments = GOOD[operator]()
     expected = without_nan(call(operator, arguments))
-    for threads in (2, 5):
-        set_threads(threads)
-        assert_same(call(operator, arguments), expected)
-
-
-@each_large
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_image_does_not_depend_on_the_others(operator, how, threads, set_threads):
-    set_threads(threads)
-    arguments = GOOD[operator](**how)
-    whole = without_nan(call(operator, arguments))
-    for b in range(how["B"]):
-        one = {name: x[b : b + 1] if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        assert_same(call(operator, one), [x[b : b + 1] if x.numel() else x for x in whole])
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: call(operator, arguments), range(100)):
+            assert_same(results, expected)
 
 
 @pytest.mark.parametrize(("dtype", "B"), [(F32, 33), (F64, 17)], ids=["float32", "float64"])
@@ -255,10 +276,12 @@ torch.save(results, sys.argv[2])
 print(_build.instruction_set())
 """
 
-ATTENTION_CASES = ("plain", "narrow values", "wide values", "wide features", "one slot", "one feature", "zero eps", "sum")
-ATTENTION_CASES += ("denominator", "two batch dimensions", "joint heads, masks", "slot mask", "input mask", "both masks")
-IIO_CASES = ("plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall", "narrow")
-IIO_CASES += ("three times", "large eps", "zero eps")
+ATTENTION_CASES = ["plain", "narrow values", "wide values", "wide features", "one slot", "one feature"]
+ATTENTION_CASES += ["zero eps", "denominator", "sum", "two batch dimensions", "joint heads, masks"]
+ATTENTION_CASES += ["slot mask", "input mask", "both masks"]
+IIO_CASES = ["plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall"]
+IIO_CASES += ["narrow", "three times", "large eps", "zero eps", "rows of whole vectors"]
+WHOLE_VECTORS = iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32)
 
 
 def has(instruction_set: str) -> bool:
@@ -273,53 +296,70 @@ def start(program: str, *arguments: object, **environment: str) -> subprocess.Co
     return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
 
 
-def attention_budget(case: attention_spec.Case, dtype: torch.dtype) -> tuple:
-    """A call, what the literal formula makes of it in float64 and in the storage type; then what may be off."""
+def iio_results(function, tensors, incoming, **options) -> tuple[Tensor, ...]:
+    return test_inpainting.results(function, *tensors, *incoming, **options)
+
+
+def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
+    """A public call, and its results in plain PyTorch: in float64, and in the dtype `plain`."""
     tensors, options = case.make(dtype)
+    with torch.no_grad():
+        outputs = getattr(iio_kernels, name)(*tensors, backend="reference", **options, **more)
     random = torch.Generator().manual_seed(2)
-    shapes = [(*tensors[0].shape[:-1], width) for width in (case.Dv, case.N)]
-    incoming = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
-    doubles = [x.double() for x in tensors], [x.double() for x in incoming]
-    truth = test_slot_attention.results(literal.slot_attention, *doubles, **options)
-    eager = test_slot_attention.results(literal.slot_attention, tensors, incoming, **options)
-    allowed = [attention_spec.allowed_error(x, y) for x, y in zip(truth, eager, strict=True)]
-    return ("slot_attention", tensors, incoming, {**options, "return_attention": True}), truth, allowed
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    incoming = [torch.randn(x.shape, generator=random).to(x.dtype) for x in outputs]
+
+    def compute(kind):
+        return formula([x.to(kind) for x in tensors], [x.to(kind) for x in incoming], **options)
+
+    exact = compute(F64)
+    eager = exact if plain == F64 else compute(plain)
+    many = [[x.expand(copies * len(x), *x.shape[1:]) for x in xs] for xs in (tensors, incoming)]
+    return f"{name}, {case.name}, {dtype}", (name, *many, options | more), exact, eager
 
 
-def iio_budget(case: iio_spec.Case, dtype: torch.dtype) -> tuple:
-    tensors, options = case.make(dtype)
+def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
+    # Attention is computed in the storage type throughout, inpainting in float32 at least.
     arithmetic = F64 if dtype == F64 else F32
-    incoming = torch.linspace(-1, 2, case.B, dtype=arithmetic)
-    truth = test_inpainting.results(literal.iio_loss, *(x.double() for x in tensors), **options)
-    eager = test_inpainting.results(literal.iio_loss, *(x.to(arithmetic) for x in tensors), **options)
-    kinds = arithmetic, dtype, dtype
-    allowed = [iio_spec.allowed_error(x, y.to(kind)) for x, y, kind in zip(truth, eager, kinds, strict=True)]
-    return ("iio_loss", list(tensors), [incoming], {**options, "reduction": "none"}), truth, allowed
+    attend = functools.partial(test_slot_attention.results, literal.slot_attention)
+    for case in attention_spec.CASES:
+        if case.name in ATTENTION_CASES:
+            yield budget("slot_attention", attend, case, dtype, dtype, return_attention=True)
+    if dtype != BF16:
+        large = attention_spec.Case("past the caches", batch=(1,), N=1030, Dk=64, Dv=64, inputs="shared")
+        yield budget("slot_attention", attend, large, dtype, dtype, copies=33, return_attention=True)
+
+    for case in (*iio_spec.CASES, WHOLE_VECTORS):
+        if case.name in IIO_CASES:
+            lose = functools.partial(iio_results, literal.iio_loss)
+            yield budget("iio_loss", lose, case, dtype, arithmetic, reduction="none")
+            for function in (conditional_entropies, inpaint):
+                formula = functools.partial(iio_results, functools.partial(function, backend="reference"))
+                yield budget(function.__name__, formula, case, dtype, arithmetic)
 
 
 @pytest.fixture(scope="module")
 def budgets() -> list[tuple]:
-    """Computed once for all instruction sets."""
-    cases = [(case, attention_budget) for case in attention_spec.CASES if case.name in ATTENTION_CASES]
-    cases += [(case, iio_budget) for case in iio_spec.CASES if case.name in IIO_CASES]
-    cases += [(iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32), iio_budget)]
-    return [(case, dtype, *budget(case, dtype)) for case, budget in cases for dtype in (F32, F64, BF16)]
+    """Once for all instruction sets."""
+    with threads(1):
+        return [each for dtype in (F32, F64, BF16) for each in budgets_of(dtype)]
 
 
 @pytest.mark.parametrize("name", _build.INSTRUCTION_SETS)
 def test_error_is_within_budget_with_every_instruction_set(name, budgets, tmp_path):
     if not has(name):
         pytest.skip(f"this machine has no {name}")
-    torch.save([each[2] for each in budgets], tmp_path / "calls")
-    done = start(PROGRAM, tmp_path / "calls", tmp_path / "results", IIO_KERNELS_ISA=name)
+    torch.save([each[1] for each in budgets], tmp_path / "calls")
+    done = start(PROGRAM, tmp_path / "calls", tmp_path / "results", IIO_KERNELS_ISA=name, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [name]
-    for (case, dtype, _, truth, allowed), got in zip(budgets, torch.load(tmp_path / "results"), strict=True):
-        for i, (x, exact, most) in enumerate(zip(got, truth, allowed, strict=True)):
+    for (call, _, truth, eager), got in zip(budgets, torch.load(tmp_path / "results"), strict=True):
+        for i, (x, exact, plain) in enumerate(zip(got, truth, eager, strict=True)):
+            allowed = attention_spec.allowed_error(exact, plain.to(x.dtype))
+            if x.dtype == F64:  # where the formula itself is the truth
+                allowed = 1e-13 * exact.abs().max().item()
             error = (x.double() - exact).abs().max().item()
-            if dtype == F64:
-                most = max(most, 1e-13 * exact.abs().max().item())
-            assert error <= most, f"{case}, {dtype}, result {i}: {error} > {most}"
+            assert error <= allowed, f"{call}, result {i}: {error} > {allowed}"
 
 
 def test_an_instruction_set_that_does_not_exist():
@@ -339,7 +379,7 @@ for call in (lambda: iio_kernels.slot_attention(q, k, k), lambda: iio_kernels.ii
 
 # --- memory -------------------------------------------------------------------------------------------------
 
-#: No size a multiple of a block, of a vector or of a tile.
+#: Blocks, vectors and tiles that are not full, one by one and together.
 ODD = [
     *(
         (operator, {"N": N, "Dk": Dk, "Dv": Dv, "K": K, "dtype": dtype})
@@ -381,7 +421,8 @@ def fill_memory():
     torch.utils.deterministic.fill_uninitialized_memory = False
 
     def fill(byte: int) -> None:
-        assert libc.mallopt(-6, byte ^ 0xFF) == 1  # M_PERTURB
+        # M_PERTURB: the number's lowest byte is inverted, and 0 means not to fill.
+        assert libc.mallopt(-6, 0x100 | byte ^ 0xFF) == 1
         assert (torch.empty(5000, dtype=torch.uint8) == byte).all()
 
     yield fill
@@ -392,9 +433,10 @@ def fill_memory():
 def test_results_do_not_depend_on_what_fresh_memory_holds(operator, how, fill_memory):
     arguments = GOOD[operator](**how)
     expected = without_nan(call(operator, arguments))
-    for byte in (0x7F, 0xFE):  # the largest numbers of either sign
+    for byte in (0xFF, 0x7F):  # NaN, and the largest numbers
         fill_memory(byte)
-        assert_same(call(operator, arguments), expected)
+        with threads(2):
+            assert_same(call(operator, arguments), expected)
 
 
 def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,7 +446,7 @@ def surrounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("operator", "how"), ODD + LARGE, ids=str)
-def test_what_is_given_is_not_written_to_and_nothing_beside_it_read(operator, how):
+def test_what_is_given_is_not_written_to_and_what_lies_beside_it_does_not_matter(operator, how):
     arguments = GOOD[operator](**how)
     expected = without_nan(call(operator, arguments))
     pairs = {name: surrounded(x) for name, x in arguments.items() if isinstance(x, Tensor)}
@@ -424,20 +466,18 @@ MUTATIONS = {
     **{f"size {d} one more": lambda x, d=d: torch.cat([x, x.narrow(d, 0, 1)], d) for d in range(5)},
     **{f"size {d} zero": lambda x, d=d: x.narrow(d, 0, 0) for d in range(5)},
 }
-#: Sizes that no other argument shares: Dv, C and K of a forward operator.
-FREE = {("slot_attention_forward", "v", 3)}
-FREE |= {(operator, "image", 1) for operator in INPAINTING if operator != "inpaint_backward"}
-FREE |= {(operator, "masks", 1) for operator in INPAINTING if not operator.endswith("backward")}
-
-
-def wrong_tensors():
-    for operator in GOOD:
-        for name, x in GOOD[operator]().items():
-            for mutation in MUTATIONS if isinstance(x, Tensor) else ():
-                d = int(mutation.split()[1]) if mutation.startswith("size") else 0
-                free = (operator, name, d) in FREE and mutation.endswith("more")
-                if d < x.dim() and not free and not (name == "v" and d == 3 and operator.endswith("forward")):
-                    yield operator, name, mutation
+#: What is a good call too: no other argument shares the size.
+STILL_GOOD = {("slot_attention_forward", "v", f"size 3 {change}") for change in ("one more", "zero")}
+STILL_GOOD |= {(operator, "image", "size 1 one more") for operator in INPAINTING if operator != "inpaint_backward"}
+STILL_GOOD |= {(operator, "masks", "size 1 one more") for operator in INPAINTING if "backward" not in operator}
+WRONG = [
+    (operator, name, mutation)
+    for operator in GOOD
+    for name, x in GOOD[operator]().items()
+    for mutation in (MUTATIONS if isinstance(x, Tensor) else ())
+    if (operator, name, mutation) not in STILL_GOOD
+    and not (mutation.startswith("size") and int(mutation.split()[1]) >= x.dim())
+]
 
 
 def words(error: pytest.ExceptionInfo) -> str:
@@ -445,7 +485,7 @@ def words(error: pytest.ExceptionInfo) -> str:
     return re.sub(r"^.*\.cpp:\d+, ", "", str(error.value))
 
 
-@pytest.mark.parametrize(("operator", "name", "mutation"), wrong_tensors())
+@pytest.mark.parametrize(("operator", "name", "mutation"), WRONG)
 def test_a_wrong_tensor_is_refused(operator, name, mutation):
     arguments = GOOD[operator]()
     arguments[name] = MUTATIONS[mutation](arguments[name])
@@ -453,7 +493,8 @@ def test_a_wrong_tensor_is_refused(operator, name, mutation):
         call(operator, arguments)
     # Of two that do not fit each other either may be named.
     names = [other for other, x in arguments.items() if isinstance(x, Tensor)] if "size" in mutation else [name]
-    assert re.search(rf"\b({'|'.join(names)})(ient)?\b", words(caught)), words(caught)
+    spelled = {"masks": "masks?", "grad": "gradient"}
+    assert re.search(rf"\b({'|'.join(spelled.get(x, x) for x in names)})\b", words(caught)), words(caught)
 
 
 WRONG_OPTIONS = [
@@ -506,7 +547,17 @@ def test_strides_change_no_bit(operator, sizes, how):
     assert_same(call(operator, arguments | views), without_nan(call(operator, arguments | dense)))
 
 
-@each_stride
+@each_operator
+def test_tensors_that_are_negated_when_read(operator):
+    """As the imaginary part of a conjugate is."""
+    arguments = GOOD[operator]()
+    numbers = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    lazy = {name: torch.complex(x, -x).conj().imag for name, x in numbers.items()}
+    assert all(x.is_neg() for x in lazy.values())
+    assert_same(call(operator, arguments | lazy), without_nan(call(operator, arguments)))
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "of one number"])
 @pytest.mark.parametrize("function", [conditional_entropies, interaction_information, inpaint])
 def test_strided_incoming_gradients(function, how):
     tensors, _ = iio_spec.Case("strided", K=5, H=19, W=21).make()
@@ -537,7 +588,7 @@ def test_gradients_of_reduced_losses(reduction):
     (image, masks), _ = iio_spec.Case("reduced", B=5, K=3).make()
     leaves = image.requires_grad_(), masks.requires_grad_()
     losses = iio_loss(*leaves, reduction="none", backend="cpu")
-    expected = torch.autograd.grad(losses, leaves, torch.full((5,), 2 / 5 if reduction == "mean" else 2).double())
+    expected = torch.autograd.grad(losses, leaves, torch.full((5,), 2 / 5 if reduction == "mean" else 2, dtype=F64))
     loss = iio_loss(*leaves, reduction=reduction, backend="cpu").expand(2)
     assert_same(torch.autograd.grad(loss.sum(), leaves), expected)
 
@@ -561,7 +612,7 @@ def test_strided_queries_keys_and_values(how, dtype):
 # --- torch.compile ------------------------------------------------------------------------------------------
 
 
-@compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("function", [slot_attention, iio_loss], ids=lambda function: function.__name__)
 def test_compiles_to_code(function, dynamic):
@@ -629,40 +680,73 @@ def test_any_large_shape(batch, K, N, Dk, Dv, options, slots, inputs, joint_head
         assert x.shape == exact.shape
         if exact.numel():
             allowed = attention_spec.allowed_error(exact, plain)
+            if N < 4 and name in ("dq", "dk"):
+                # U is close to a value, and what goes through it the rounding of terms that cancel.
+                allowed += 100 * torch.finfo(F32).eps
             assert (x.double() - exact).abs().max() <= allowed, name
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 3),
+    C=st.integers(1, 7),
+    K=st.integers(2, 6),
+    H=st.integers(1, 40),
+    W=st.one_of(st.integers(1, 40), st.sampled_from([8, 16, 32, 48])),
+    half=st.integers(0, 7),
+    repeats=st.integers(1, 3),
+    number=st.integers(1, 3),
+)
+def test_any_large_image(B, C, K, H, W, half, repeats, number):
+    kernel_size = 2 * min(half, (min(H, W) - 1) // 2) + 1
+    options = {"sigma": 3.0, "kernel_size": kernel_size, "repeats": repeats}
+    tensors, options = iio_spec.Case("any", B, C, K, H, W, options).make()
+    for function in (conditional_entropies, inpaint):
+        incoming = torch.randn_like(function(*tensors, backend="reference", **options))
+        expected = test_inpainting.results(function, *tensors, incoming, backend="reference", **options)
+        with threads(number):
+            got = test_inpainting.results(function, *tensors, incoming, backend="cpu", **options)
+        if kernel_size == 1 and function is conditional_entropies:  # residuals are rounding errors, and their signs
+            got, expected = got[:1] * 3, expected[:1] * 3
+        test_inpainting.assert_all_close(got, expected, relative=1e-9)
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def loss_curve(backend: str, dtype: torch.dtype, monkeypatch) -> Tensor:
-    """30 steps of a small autoencoder: 20 that reconstruct, 10 with the IIO loss."""
+def train(backend: str, dtype: torch.dtype, monkeypatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of 30 steps of a small autoencoder, 20 that reconstruct and 10 of the IIO loss; then its weights."""
     with monkeypatch.context() as patch:
         patch.setattr(_backends, "BACKENDS", {backend: _backends.BACKENDS[backend]})  # "auto" takes it
         torch.manual_seed(0)
-        sizes = {"channels": 8, "kernel_size": 3, "slot_size": 16, "mlp_size": 16, "num_slots": 3}
-        model = SlotAttentionAutoEncoder((12, 13), **sizes).to(dtype)
+        sizes = {"channels": 16, "kernel_size": 3, "slot_size": 16, "mlp_size": 32, "num_slots": 3}
+        model = SlotAttentionAutoEncoder((12, 13), **sizes)
+        torch.nn.init.normal_(model.decoder.to_rgba.weight, std=1.0)  # masks that differ
+        model.to(dtype)
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-        images = torch.rand(30, 4, 3, 12, 13, dtype=dtype)
-        curve = []
-        for step, image in enumerate(images):
-            slots = model.slot_attention.draw(4, 3)
+        quarters, noise = torch.rand(4, 3, 2, 2).to(dtype), torch.randn(30, 4, 3, 16).to(dtype)
+        image = quarters.repeat_interleave(6, 2).repeat_interleave(7, 3)[..., :13]
+        losses = []
+        for step in range(30):
+            slots = model.slot_attention.mu + model.slot_attention.log_sigma.exp() * noise[step]
             slots, _ = model.slot_attention(model.encoder(2 * image - 1), slots, iterations=3)
             components, alpha = model.decoder(slots).split([3, 1], 2)
             masks = alpha.softmax(1)
-            if step < 20:
-                loss = (2 * image - 1 - (masks * components).sum(1)).square().mean()
-            else:
-                loss = iio_loss(image, masks.squeeze(2))
+            error = 2 * image - 1 - (masks * components).sum(1)
+            loss = error.square().mean() if step < 20 else iio_loss(image, masks.squeeze(2))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            curve.append(loss.detach())
-    return torch.stack(curve)
+            losses.append(loss.detach())
+    return torch.stack(losses), {name: p.detach() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(F64, 1e-9), (F32, 1e-3)], ids=["float64", "float32"])
 def test_training_follows_the_reference(dtype, relative, monkeypatch):
-    got, expected = (loss_curve(backend, dtype, monkeypatch) for backend in ("cpu", "reference"))
-    assert expected[19] < expected[0]
+    (got, weights), (expected, others) = (train(backend, dtype, monkeypatch) for backend in ("cpu", "reference"))
+    assert expected[19] < 0.7 * expected[0]
+    assert expected[29] < expected[20] - 0.01
     torch.testing.assert_close(got, expected, rtol=relative, atol=0)
+    if dtype == F64:  # in float32 Adam makes steps of the rounding errors of a gradient that is 0
+        for name, p in weights.items():
+            torch.testing.assert_close(p, others[name], rtol=0, atol=relative)

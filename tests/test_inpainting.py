@@ -329,17 +329,46 @@ def test_a_loss_without_gradients(backend, device):
         assert torch.equal(iio_loss(image, masks.requires_grad_(), backend=backend), plain)
 
 
-def test_second_derivatives_are_the_references_alone(backend, device):
+@pytest.mark.parametrize("function", [iio_loss, conditional_entropies, inpaint])
+def test_second_derivatives_are_the_references_alone(function, backend, device):
+    """However they are asked for: nothing passes silently for 0."""
     (image, masks), _ = Case("twice").make(device=device)
     masks.requires_grad_()
-    loss = iio_loss(image, masks, backend=backend)
-    penalty = torch.autograd.grad(loss, masks, create_graph=True)[0].square().sum()
+
+    def loss(masks):
+        return function(image, masks, backend=backend).square().mean()
+
+    def penalty():
+        return torch.autograd.grad(loss(masks), masks, create_graph=True)[0].square().sum()
+
+    ways = (
+        lambda: penalty().backward(),
+        lambda: penalty().backward(inputs=[masks]),
+        lambda: torch.autograd.grad(loss(masks) + penalty(), masks),
+        lambda: torch.autograd.functional.hvp(loss, masks, torch.ones_like(masks)),
+    )
     if backend == "reference":
-        penalty.backward()
+        penalty().backward()
         assert masks.grad.abs().max() > 0
     else:
-        with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
-            penalty.backward()
+        for way in ways:
+            with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
+                way()
+
+
+@pytest.mark.parametrize("function", [iio_loss, conditional_entropies, inpaint])
+def test_functional_gradient(function, backend, device):
+    if backend == "written_out" and function is not iio_loss:
+        pytest.skip("its gradient is autograd's, inside a Function")
+    (image, masks), _ = Case("functional").make(device=device)
+
+    def loss(image, masks):
+        return function(image, masks, backend=backend).square().mean()
+
+    expected = torch.autograd.grad(loss(image.requires_grad_(), masks.requires_grad_()), (image, masks))
+    got = torch.func.grad(loss, argnums=(0, 1))(image.detach(), masks.detach())
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def _strided(x: Tensor, how: str) -> Tensor:
@@ -388,7 +417,9 @@ def test_strided_incoming_gradients(how, backend, device):
 def test_function_by_itself(any_device):
     """`IIOLossFunction` with the reference's kernels: the gradient as written out, against plain autograd."""
     tensors, _ = Case("function", K=5).make(device=any_device)
-    got = results(lambda image, masks: IIOLossFunction.apply(image, masks, DEFAULTS, "reference"), *tensors)
+    got = results(
+        lambda image, masks: IIOLossFunction.apply(image, masks, DEFAULTS, (True, True), "reference")[0], *tensors
+    )
     assert_all_close(got, run(*tensors, "reference"))
 
 
@@ -428,6 +459,26 @@ def test_a_slot_that_a_softmax_all_but_closed(offset, backend, device):
     assert loss.isfinite()
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+def test_a_slot_of_one_pixel_that_a_softmax_all_but_closed(backend, device):
+    """Far from it the filtered mask is eps times nearly nothing, and its square would be 0 in float32."""
+    image, logits = torch.rand(1, 3, 35, 35, device=device), torch.randn(1, 4, 35, 35, device=device)
+    logits[:, 0] = -60
+    logits[:, 0, 3, 3] = -31
+    logits.requires_grad_()
+    loss = iio_loss(image, logits.softmax(1), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_an_infinite_mask_is_no_empty_one(backend, device):
+    (image, masks), _ = Case("infinite", K=3).make(device=device)
+    masks[0, 1, 2, 3] = float("inf")
+    H = conditional_entropies(image, masks, backend=backend)
+    assert H[0, 1].isnan().all()
+    assert H[1].isfinite().all()
 
 
 def test_pixels_outside_a_mask_have_a_gradient(backend, device):

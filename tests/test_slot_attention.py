@@ -308,8 +308,22 @@ def test_second_derivatives_are_the_references_alone(output, backend, device):
         penalty.backward()
         assert q.grad.abs().max() > 0
     else:
-        with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
-            penalty.backward()
+        for way in (lambda: penalty.backward(retain_graph=True), lambda: torch.autograd.grad(loss + penalty, k)):
+            with pytest.raises(RuntimeError, match=r"differentiates once.*reference"):
+                way()
+
+
+def test_functional_gradient(backend, device):
+    tensors, _ = Case("functional").make(device=device)
+
+    def loss(q, k, v):
+        U, A = slot_attention(q, k, v, return_attention=True, backend=backend)
+        return U.square().sum() + A.square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for x, y in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*tensors), expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def _strided(x: Tensor, how: str) -> Tensor:

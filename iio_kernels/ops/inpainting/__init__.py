@@ -98,7 +98,9 @@ def iio_loss(
     if name == "reference":
         losses = -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
     else:
-        losses = IIOLossFunction.apply(*_inputs(image, masks), inpainter, name)
+        image, masks = _inputs(image, masks)
+        needs_gradient = image.requires_grad, masks.requires_grad
+        losses, _, _ = IIOLossFunction.apply(image, masks, inpainter, needs_gradient, name)
     if terms == "mean":
         losses = losses / (2 ** (masks.shape[1] - 1) - 1)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
@@ -246,35 +248,48 @@ def _inputs(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 class IIOLossFunction(torch.autograd.Function):
     """The autograd Function under `iio_loss`: a backend's `loss_and_gradient` forward, a scaling backward.
 
-    `IIOLossFunction.apply(image, masks, inpainter, backend)` returns each image's loss, `(B,)`, its terms summed;
-    `inpainter` is an `Inpainter`. It checks nothing: call `iio_loss`. It differentiates once; for second derivatives
-    call `iio_loss` with `backend="reference"`, which plain autograd differentiates any number of times.
+    `IIOLossFunction.apply(image, masks, inpainter, needs_gradient, backend)` returns each image's loss, `(B,)`, its
+    terms summed, and its gradients to image and masks as far as `needs_gradient`, two flags, asks for them; only the
+    loss is differentiable. `inpainter` is an `Inpainter`. It checks nothing: call `iio_loss`. It differentiates once;
+    for second derivatives call `iio_loss` with `backend="reference"`, which plain autograd differentiates any number
+    of times.
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
+    def forward(
+        image: Tensor, masks: Tensor, inpainter: Inpainter, needs_gradient: tuple[bool, bool], backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = _backends.implementation("inpainting", backend)
-        losses, dimage, dmasks = kernels.loss_and_gradient(image, masks, inpainter, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(dimage, dmasks)
-        ctx.dtypes = image.dtype, masks.dtype
-        return losses
+        return kernels.loss_and_gradient(image, masks, inpainter, *needs_gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        image, masks, *_ = inputs
+        _, dimage, dmasks = output
+        ctx.mark_non_differentiable(dimage, dmasks)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(image, masks, dimage, dmasks)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        image, masks, *gradients = ctx.saved_tensors
         grad = grad[:, None, None, None]
-        scaled = tuple(None if x is None else grad * x for x in _needed(ctx, *ctx.saved_tensors))
-        return *_stored(ctx.dtypes, scaled), None, None
+        scaled = tuple(None if x is None else grad * x for x in _needed(ctx, *gradients))
+        return *_stored((image.dtype, masks.dtype), scaled), None, None, None
 
 
 class ConditionalEntropiesFunction(torch.autograd.Function):
     """The autograd Function under `conditional_entropies`, as `IIOLossFunction` is under `iio_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
-        ctx.save_for_backward(image, masks)
-        ctx.inpainter, ctx.backend = inpainter, backend
+    def forward(image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
         return _backends.implementation("inpainting", backend).conditional_entropies(image, masks, inpainter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        image, masks, ctx.inpainter, ctx.backend = inputs
+        ctx.save_for_backward(image, masks)
 
     @staticmethod
     @differentiable_once
@@ -289,10 +304,13 @@ class InpaintFunction(torch.autograd.Function):
     """The autograd Function under `inpaint`, as `IIOLossFunction` is under `iio_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
-        ctx.save_for_backward(image, masks)
-        ctx.inpainter, ctx.backend = inpainter, backend
+    def forward(image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
         return _backends.implementation("inpainting", backend).inpaint(image, masks, inpainter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        image, masks, ctx.inpainter, ctx.backend = inputs
+        ctx.save_for_backward(image, masks)
 
     @staticmethod
     @differentiable_once
