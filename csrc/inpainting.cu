@@ -2,16 +2,16 @@
 //
 //     products   planes <- X_c m_i and m_i, filtered; the sums of the products over each tile
 //     subsets    planes <- dr and dd, dmasks <- T, dimage <- sum_i d_i dr_i; sums over each chunk of pixels
-//     finish     planes are filtered again, and dmasks and dimage made of them; the loss
+//     finish     dmasks and dimage, from the planes filtered again; the loss
 //
-// Without a gradient `subsets` makes T alone, and `losses` follows. `entropies`, `predictions` and `prediction_gradients`
-// stand in the place of `subsets`; after the last of them comes `finish`.
+// Where no gradient is asked for `subsets` makes T alone, and `losses` follows. `entropies`, `predictions` and
+// `prediction_gradients` stand in the place of `subsets`; after the last of them comes `finish`.
 //
 // `products` and `finish` filter tiles in shared memory, with as much around a tile as reaches its pixels. A filter too
 // wide for that goes through global memory, a kernel `pass` for each pass along an axis.
 //
 // Sums over an image's pixels are added up in T within a block, then in double over the blocks by whoever needs them,
-// always in the same order. Names are those of subsets.h; "planes" are (B, K, C + 1, H * W) in scratch memory.
+// always in the same order. Names are those of subsets.h; the planes are (B, K, C + 1, H * W), in scratch memory.
 #include "inpainting_cuda.h"
 
 #include <cuda_runtime.h>
@@ -28,36 +28,39 @@ namespace iio::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kTileThreads = 256;      // of a block that has a tile, or an image
-constexpr int kChunk = 128;            // of one that has a thread for each pixel
+constexpr int kTileThreads = 256;      // of a block that has a tile
+constexpr int kChunk = 128;            // pixels, and threads, of a block that has a thread for each pixel
 constexpr int kMostShared = 96 << 10;  // bytes for a block: from compute capability 8.0 on a GPU has 99 KB or more
 constexpr int kRun = 8;                // outputs of the filter that a thread makes at a time
 constexpr int kMostMasks = 16;         // whose subsets are visited
-constexpr int kUnrolled = 2;           // levels of their tree
+constexpr int kUnrolled = 2;           // levels of their tree that are unrolled
 constexpr int kEntropiesLow = 2;       // masks whose subsets a block of `entropies` visits
 constexpr double kNegligible = 1e-20;  // mask values below this count as 0, see reference.py
 
 // ---- What a kernel is given -----------------------------------------------------------------------------------------
 
-// How images are cut into tiles. Around a tile lies, in shared memory, what reaches it: at the image's border zeros,
-// `radius` wide, and at the far ends room for a run of outputs that is not full.
+// How images are cut into tiles. A tile is filtered in shared memory, `passes` times along each axis: as often as is
+// asked for, or not at all. Around it is what reaches it, which at the image's border is zeros, `radius` wide, and at the
+// far ends room for a run of outputs that is not full.
 struct Tiling {
-  int rows, columns, down, across;  // of a tile; tiles of an image
-  int passes;                       // that a tile is filtered: all, or none
-  int lines, pitch;                 // in shared memory
+  int rows, columns;  // of a tile
+  int down, across;   // tiles of an image
+  int passes;
+  int lines, pitch;  // in shared memory
 
-  Tiling(int H, int W, int radius, int passes, int side) : passes(passes) {
+  Tiling(int H, int W, int radius, int passes, int most) : passes(passes) {
     const auto parts = [](int n, int length) { return (n + length - 1) / length; };
-    rows = parts(H, parts(H, side));  // alike in size
-    columns = parts(W, parts(W, side));
+    rows = parts(H, parts(H, most));  // alike in size
+    columns = parts(W, parts(W, most));
     down = parts(H, rows);
     across = parts(W, columns);
-    const auto room = [=](int own, int n) {
-      const int wanted = own + 2 * passes * radius, there = n + 2 * radius;
+    const auto room = [=](int own, int n, int tiles) {
+      const int reach = passes * radius, outer = tiles > 2 || reach < radius ? reach : radius;
+      const int wanted = own + outer + reach, there = n + 2 * radius;
       return (wanted < there ? wanted : there) + kRun - 1;
     };
-    lines = room(rows, H);
-    pitch = room(columns, W) | 1;  // odd: neighbouring rows begin in neighbouring banks
+    lines = room(rows, H, down);
+    pitch = room(columns, W, across) | 1;  // odd: neighbouring rows begin in neighbouring banks
   }
 };
 
@@ -67,26 +70,25 @@ struct Work {
   const int64_t B;
   const int K = int(args.K), C = int(args.C), H = int(args.H), W = int(args.W), pixels = H * W, planes = K * (C + 1);
   const int radius = int(args.radius), repeats = int(args.repeats);
+  const double sum_of_taps = add_taps();
   const Tiling tiling = best_tiling();
   const int tiles = tiling.down * tiling.across, chunks = (pixels + kChunk - 1) / kChunk;
-  const double taps_sum = sum_of_taps();
 
-  // Scratch memory, and its size.
   T* const scratch;
-  int64_t size = 0;
-  T* const filtered = part(B * planes * pixels);
-  T* const half_filtered = part(tiling.passes == 0 ? B * planes * pixels : 0);
-  T* const sums = part(B * planes * tiles);             // (B, K, C + 1, tiles): of the products
-  T* const gradient_sums = part(B * planes * chunks);   // (B, K, C + 1, chunks): of dr and dd
-  T* const dots = part(B * K * chunks);                 // (B, K, chunks): <g_i, T_i>
+  int64_t size = 0;  // of scratch memory
+  T* const filtered = part(B * planes * pixels);                               // (B, K, C + 1, H * W): the planes
+  T* const half_filtered = part(tiling.passes > 0 ? 0 : B * planes * pixels);  // the same, for `pass`
+  T* const sums = part(B * planes * tiles);                                    // (B, K, C + 1, tiles): of the products
+  T* const gradient_sums = part(B * planes * chunks);                          // (B, K, C + 1, chunks): of dr and dd
+  T* const dots = part(B * K * chunks);                                        // (B, K, chunks): <g_i, T_i>
 
   Work(const Inpainting<T>& args, int64_t B, T* scratch) : args(args), B(B), scratch(scratch) {}
 
-  // ---- In scratch memory: mask i's plane of channel c, or with c = C its own.
+  // Mask i's plane of channel c, or with c = C its own, among all planes.
   __device__ int64_t index(int b, int i, int c) const { return (int64_t(b) * K + i) * (C + 1) + c; }
   __device__ T* plane(int b, int i, int c) const { return filtered + index(b, i, c) * pixels; }
 
-  // ---- Inputs and results
+  // Inputs and results at pixel p.
   __device__ T X(int b, int c, int p) const {
     return args.image.data[b * args.image.image_stride + c * args.image.plane_stride + p];
   }
@@ -96,14 +98,12 @@ struct Work {
   }
   __device__ T& dX(int b, int c, int p) const { return args.dimage[(int64_t(b) * C + c) * pixels + p]; }
   __device__ T& dm(int b, int i, int p) const { return args.dmasks[(int64_t(b) * K + i) * pixels + p]; }
-  __device__ int64_t psi_index(int b, int i, int c, int p) const {
-    return ((int64_t(b) * K + i) * C + c) * pixels + p;
-  }
+  __device__ int64_t psi(int b, int i, int c, int p) const { return ((int64_t(b) * K + i) * C + c) * pixels + p; }
 
-  // In T: the taps, a tile before and after a pass, a value for each of its own pixels and for each warp.
+  // Shared memory of the kernels that have a tile, in T: see TileMemory.
   int64_t tile_shared(const Tiling& tiling) const {
-    return (tiling.passes ? radius + 1 : 0) + int64_t(tiling.lines) * tiling.pitch * 2 +
-           int64_t(tiling.rows) * tiling.columns + kTileThreads / kWarp;
+    const int64_t taps = tiling.passes > 0 ? radius + 1 : 0, sums = kTileThreads / kWarp + C + 3;
+    return taps + 2 * int64_t(tiling.lines) * tiling.pitch + tiling.rows * tiling.columns + sums;
   }
 
  private:
@@ -113,15 +113,16 @@ struct Work {
     return start;
   }
 
+  // The largest tiles whose filter fits, or such as are filtered elsewhere.
   Tiling best_tiling() const {
-    for (const int side : {64, 32, 16}) {
-      const Tiling tiling(H, W, radius, repeats, side);
+    for (const int most : {64, 32, 16}) {
+      const Tiling tiling(H, W, radius, repeats, most);
       if (tile_shared(tiling) * int64_t(sizeof(T)) <= kMostShared) return tiling;
     }
     return Tiling(H, W, radius, 0, 64);
   }
 
-  double sum_of_taps() const {
+  double add_taps() const {
     double sum = 1;
     for (int t = 1; t <= radius; ++t) sum += 2 * std::exp(-0.5 * (t / args.sigma) * (t / args.sigma));
     return sum;
@@ -132,14 +133,20 @@ struct Work {
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
+__device__ __forceinline__ int warps() { return blockDim.x / kWarp; }
+
+template <class T>
+__device__ T* shared_memory() {
+  return reinterpret_cast<T*>(dynamic_shared);
+}
 
 template <class T>
 __device__ __forceinline__ T exchange(T x, int with) {
   return __shfl_xor_sync(0xffffffff, x, with);
 }
 
-// Lane k returns the sum of x[k] over the warp, for n <= 32 values at once: at each step two lanes share out what they
-// hold, the one taking over the first half, the other one the second.
+// Lane k returns the sum of x[k] over the warp, for n <= 32 values at once: at each step two lanes share out what both
+// hold, one taking over the first half, the other one the second.
 template <int n, int half = kWarp / 2, class T>
 __device__ __forceinline__ T warp_sums(T* x) {
   if constexpr (half == 0) {
@@ -157,7 +164,7 @@ __device__ __forceinline__ T warp_sums(T* x) {
   }
 }
 
-// take(k, the sum of x[k] over the block), each by one thread. `shared` has n values for each warp.
+// take(k, the sum of x[k] over the block), by one thread for each k < n. `shared` has room for n values a warp.
 template <int n, int first = 0, class T, class Take>
 __device__ __forceinline__ void block_sums(T* x, T* shared, const Take& take) {
   constexpr int count = n - first < kWarp ? n - first : kWarp;
@@ -169,25 +176,20 @@ __device__ __forceinline__ void block_sums(T* x, T* shared, const Take& take) {
     __syncthreads();
     for (int k = threadIdx.x; k < n; k += blockDim.x) {
       T all = 0;
-      for (unsigned w = 0; w < blockDim.x / kWarp; ++w) all += shared[w * n + k];
+      for (int w = 0; w < warps(); ++w) all += shared[w * n + k];
       take(k, all);
     }
-    __syncthreads();  // `shared` can be used again
+    __syncthreads();  // `shared` may be used again
   }
 }
 
-// The sum of what the blocks have left, by every warp for itself.
-template <class T>
+// The sum of what blocks have left in global memory, by kLanes lanes of a warp together. All lanes have to come.
+template <int kLanes = kWarp, class T>
 __device__ double add_parts(const T* parts, int count) {
   double sum = 0;
-  for (int k = lane(); k < count; k += kWarp) sum += parts[k];
-  for (int half = kWarp / 2; half > 0; half /= 2) sum += exchange(sum, half);
+  for (int k = threadIdx.x % kLanes; k < count; k += kLanes) sum += parts[k];
+  for (int half = kLanes / 2; half > 0; half /= 2) sum += exchange(sum, half);
   return sum;
-}
-
-template <class T>
-__device__ T* shared_memory() {
-  return reinterpret_cast<T*>(dynamic_shared);
 }
 
 // ---- The filter -----------------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ struct Range {
   int first, last;
 
   __device__ int size() const { return last - first; }
+  __device__ bool holds(int j) const { return j >= first && j < last; }
 };
 
 // One axis of a tile and what lies around it. Positions count from the first in shared memory, `origin` in the image.
@@ -203,13 +206,13 @@ struct Axis {
   int origin, size;
   Range own, image;
 
-  __device__ Axis(int first, int last, int n, int halo, int radius)
-      : origin(max(first - halo, -radius)),
-        size(min(last + halo, n + radius) - origin),
+  __device__ Axis(int first, int last, int n, int reach, int radius)
+      : origin(max(first - reach, -radius)),
+        size(min(last + reach, n + radius) - origin),
         own{first - origin, last - origin},
         image{-origin, n - origin} {}
 
-  // Pixels of the image, its own and those up to a distance from them.
+  // Pixels of the image up to a distance from its own.
   __device__ Range within(int distance) const {
     return {max(own.first - distance, image.first), min(own.last + distance, image.last)};
   }
@@ -220,25 +223,45 @@ struct Tile {
 
   template <class T>
   __device__ Tile(const Work<T>& work, int tile)
-      : down(axis(tile / work.tiling.across, work.tiling.rows, work.H, work)),
-        across(axis(tile % work.tiling.across, work.tiling.columns, work.W, work)) {}
+      : down(axis(work, tile / work.tiling.across, work.tiling.rows, work.H)),
+        across(axis(work, tile % work.tiling.across, work.tiling.columns, work.W)) {}
 
  private:
   template <class T>
-  static __device__ Axis axis(int part, int length, int n, const Work<T>& work) {
-    return {part * length, min((part + 1) * length, n), n, work.tiling.passes * work.radius, work.radius};
+  static __device__ Axis axis(const Work<T>& work, int part, int length, int n) {
+    const int first = part * length, last = min(first + length, n);
+    return {first, last, n, work.tiling.passes * work.radius, work.radius};
   }
 };
 
+// The filter from its middle outwards.
 template <class T>
 __device__ void make_taps(const Work<T>& work, T* taps) {
   for (int t = threadIdx.x; t <= work.radius; t += blockDim.x) {
     const double distance = t / work.args.sigma;
-    taps[t] = T(exp(-0.5 * distance * distance) / work.taps_sum);
+    taps[t] = T(exp(-0.5 * distance * distance) / work.sum_of_taps);
   }
 }
 
-// kRun outputs of a pass, the first at x.
+// A block's shared memory.
+template <class T>
+struct TileMemory {
+  T *taps, *from, *to;  // (radius + 1,), (lines, pitch), (lines, pitch): before and after a pass
+  T* own;               // (rows, columns): of the tile alone
+  T* sums;              // (warps + C + 3,)
+
+  __device__ explicit TileMemory(const Work<T>& work) {
+    const Tiling& tiling = work.tiling;
+    taps = shared_memory<T>();
+    from = taps + (tiling.passes > 0 ? work.radius + 1 : 0);
+    to = from + tiling.lines * tiling.pitch;
+    own = to + tiling.lines * tiling.pitch;
+    sums = own + tiling.rows * tiling.columns;
+    if (tiling.passes > 0) make_taps(work, taps);
+  }
+};
+
+// kRun outputs of a pass, the first at x[0]. The radius is known when compiled, or 0.
 template <int kRadius, class T>
 __device__ __forceinline__ void filter_run(const T* x, int stride, const T* taps, int any_radius, T* out) {
   const int radius = kRadius ? kRadius : any_radius;
@@ -261,13 +284,15 @@ __device__ __forceinline__ void filter_run(const T* x, int stride, const T* taps
   }
 }
 
-// A pass along each of the lines, x[line * line_stride + j * stride] for j = 0, 1, ..: store(line, j, output).
+// A pass along lines: store(line, j, output), where x[line * line_stride + j * stride] is a line's j-th pixel. Threads
+// that are neighbours have neighbouring lines.
 template <int kRadius, class T, class Store>
 __device__ __forceinline__ void filter_lines(Range lines, int line_stride, Range outputs, int stride, const T* x,
                                              const T* taps, int radius, const Store& store) {
   const int runs = (outputs.size() + kRun - 1) / kRun;
-  for (int k = threadIdx.x; k < runs * lines.size(); k += blockDim.x) {
-    const int run = k / lines.size(), line = lines.first + k - run * lines.size(), j = outputs.first + run * kRun;
+  for (int item = threadIdx.x; item < runs * lines.size(); item += blockDim.x) {
+    const int run = item / lines.size();
+    const int line = lines.first + item - run * lines.size(), j = outputs.first + run * kRun;
     T out[kRun];
     filter_run<kRadius>(x + line * line_stride + j * stride, stride, taps, radius, out);
 #pragma unroll
@@ -277,41 +302,42 @@ __device__ __forceinline__ void filter_lines(Range lines, int line_stride, Range
   }
 }
 
-// All passes over a tile: take(y, x, output) for its pixels, from load(y, x) for these and those that reach them. A pixel
-// is always taken by the same thread.
+// Filters a tile: take(y, x, output) for its pixels, from load(y, x) for these and those that reach them. Whatever the
+// plane, a pixel is taken by the same thread.
 template <int kRadius, class T, class Load, class Take>
-__device__ void filter(const Work<T>& work, const Tile& tile, const T* taps, T* from, T* to, const Load& load,
+__device__ void filter(const Work<T>& work, const Tile& tile, const TileMemory<T>& memory, const Load& load,
                        const Take& take) {
   const Axis &down = tile.down, &across = tile.across;
   const int pitch = work.tiling.pitch, radius = work.radius, passes = work.tiling.passes;
-  const auto inside = [](int j, Range range) { return j >= range.first && j < range.last; };
+  T *from = memory.from, *to = memory.to;
   for (int k = threadIdx.x; k < down.size * across.size; k += blockDim.x) {
     const int y = k / across.size, x = k - y * across.size;
-    if (inside(y, down.image) && inside(x, across.image)) {
+    if (down.image.holds(y) && across.image.holds(x)) {
       from[y * pitch + x] = load(down.origin + y, across.origin + x);
     } else {
       from[y * pitch + x] = to[y * pitch + x] = 0;
     }
   }
   __syncthreads();
-  for (int left = passes - 1; left >= 0; --left) {
-    filter_lines<kRadius>(down.within(passes * radius), pitch, across.within(left * radius), 1, from, taps, radius,
-                          [=](int y, int x, T out) { to[y * pitch + x] = out; });
+  const auto done = [&] {
     __syncthreads();
-    T* const other = from;
+    T* const before = from;
     from = to;
-    to = other;
+    to = before;
+  };
+  // Each pass is made as far out as those after it look.
+  for (int left = passes - 1; left >= 0; --left) {
+    filter_lines<kRadius>(down.within(passes * radius), pitch, across.within(left * radius), 1, from, memory.taps,
+                          radius, [=](int y, int x, T out) { to[y * pitch + x] = out; });
+    done();
   }
   for (int left = passes - 1; left > 0; --left) {
-    filter_lines<kRadius>(across.own, 1, down.within(left * radius), pitch, from, taps, radius,
+    filter_lines<kRadius>(across.own, 1, down.within(left * radius), pitch, from, memory.taps, radius,
                           [=](int x, int y, T out) { to[y * pitch + x] = out; });
-    __syncthreads();
-    T* const other = from;
-    from = to;
-    to = other;
+    done();
   }
   if (passes > 0) {
-    filter_lines<kRadius>(across.own, 1, down.own, pitch, from, taps, radius,
+    filter_lines<kRadius>(across.own, 1, down.own, pitch, from, memory.taps, radius,
                           [&](int x, int y, T out) { take(down.origin + y, across.origin + x, out); });
   } else {
     for (int k = threadIdx.x; k < down.size * across.size; k += blockDim.x) {
@@ -319,48 +345,29 @@ __device__ void filter(const Work<T>& work, const Tile& tile, const T* taps, T* 
       take(down.origin + y, across.origin + x, from[y * pitch + x]);
     }
   }
-  __syncthreads();  // shared memory can be used again
+  __syncthreads();  // shared memory may be used again
 }
-
-// A block's shared memory, see Work::tile_shared.
-template <class T>
-struct TileMemory {
-  T* const taps = shared_memory<T>();
-  T *const from, *const to, *const own, *const warps;
-
-  __device__ explicit TileMemory(const Work<T>& work)
-      : from(taps + (work.tiling.passes ? work.radius + 1 : 0)),
-        to(from + work.tiling.lines * work.tiling.pitch),
-        own(to + work.tiling.lines * work.tiling.pitch),
-        warps(own + work.tiling.rows * work.tiling.columns) {
-    if (work.tiling.passes) make_taps(work, taps);
-  }
-};
 
 // A block for each tile of each plane.
 template <int kRadius, class T>
-__global__ void __launch_bounds__(kTileThreads) products(const __grid_constant__ Work<T> work) {
+__global__ void __launch_bounds__(kTileThreads, 2) products(const __grid_constant__ Work<T> work) {
   const int plane = blockIdx.x / work.tiles, t = blockIdx.x - plane * work.tiles;
   const int c = plane % (work.C + 1), i = plane / (work.C + 1) % work.K, b = plane / work.planes;
   const TileMemory<T> memory(work);
   const Tile tile(work, t);
-  const Range rows = tile.down.own, columns = tile.across.own;
   T sum = 0;
   const auto load = [&](int y, int x) {
     const int p = y * work.W + x;
     const T m = work.m(b, i, p), product = c < work.C ? work.X(b, c, p) * m : m;
-    y -= tile.down.origin;
-    x -= tile.across.origin;
-    if (y >= rows.first && y < rows.last && x >= columns.first && x < columns.last) sum += product;
+    if (tile.down.own.holds(y - tile.down.origin) && tile.across.own.holds(x - tile.across.origin)) sum += product;
     return product;
   };
   T* const filtered = work.plane(b, i, c);
-  filter<kRadius>(work, tile, memory.taps, memory.from, memory.to, load,
-                  [&](int y, int x, T out) { filtered[y * work.W + x] = out; });
-  block_sums<1>(&sum, memory.warps, [&](int, T all) { work.sums[work.index(b, i, c) * work.tiles + t] = all; });
+  filter<kRadius>(work, tile, memory, load, [&](int y, int x, T out) { filtered[y * work.W + x] = out; });
+  block_sums<1>(&sum, memory.sums, [&](int, T all) { work.sums[work.index(b, i, c) * work.tiles + t] = all; });
 }
 
-// One pass along rows or columns of all planes, a thread for each pixel.
+// One pass over all planes, along rows or columns: a thread for each pixel.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) pass(const __grid_constant__ Work<T> work, const T* from, T* to,
                                                      bool along_rows) {
@@ -369,12 +376,12 @@ __global__ void __launch_bounds__(kTileThreads) pass(const __grid_constant__ Wor
   __syncthreads();
   const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (k >= work.B * work.planes * work.pixels) return;
-  const int p = k % work.pixels, y = p / work.W, x = p % work.W;
+  const int p = int(k % work.pixels), y = p / work.W, x = p - y * work.W;
   const int j = along_rows ? x : y, n = along_rows ? work.W : work.H, stride = along_rows ? 1 : work.W;
   T out = taps[0] * from[k];
   for (int t = 1; t <= work.radius; ++t) {
-    const T left = j - t >= 0 ? from[k - int64_t(t) * stride] : 0, right = j + t < n ? from[k + int64_t(t) * stride] : 0;
-    out += taps[t] * (left + right);
+    const int64_t distance = int64_t(t) * stride;
+    out += taps[t] * ((j - t >= 0 ? from[k - distance] : 0) + (j + t < n ? from[k + distance] : 0));
   }
   to[k] = out;
 }
@@ -385,23 +392,35 @@ __global__ void __launch_bounds__(kTileThreads) pass(const __grid_constant__ Wor
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
-// Of an image, in shared memory: the eps term of each plane and 1 / ||m_i||, or 0.
+// 0 for an empty mask. For an infinite one not 1 / infinity = 0, which would pass for that, but NaN.
+template <class T>
+__device__ T inverse(double norm) {
+  return norm == 0 ? 0 : T(1 / norm + (norm - norm));
+}
+
+// What a block of `subsets` or `entropies` knows of its image, in shared memory.
 template <class T>
 struct Totals {
-  T* const totals = shared_memory<T>();
-  T* const inverse_norms;
-  T* const end;
+  T* const totals = shared_memory<T>();  // (K, C + 1): the eps term of each plane
+  T* const inverse_norms;                // (K,): 1 / ||m_i||, or 0
+  T* const free;                         // what is left
 
-  __device__ Totals(const Work<T>& work, int b)
-      : inverse_norms(totals + work.planes), end(inverse_norms + work.K) {
-    for (int plane = warp(); plane < work.planes; plane += blockDim.x / kWarp) {
-      const double sum = add_parts(work.sums + (int64_t(b) * work.planes + plane) * work.tiles, work.tiles);
-      if (lane() > 0) continue;
+  __device__ Totals(const Work<T>& work, int b) : inverse_norms(totals + work.planes), free(inverse_norms + work.K) {
+    constexpr int kLanes = 8;
+    for (int first = 0; first < work.planes; first += blockDim.x / kLanes) {
+      const int plane = first + threadIdx.x / kLanes, i = plane / (work.C + 1);
+      const T* const parts = work.sums + (int64_t(b) * work.planes + plane) * work.tiles;
+      const double sum = add_parts<kLanes>(parts, plane < work.planes ? work.tiles : 0);
+      if (plane >= work.planes || threadIdx.x % kLanes > 0) continue;
       totals[plane] = T(work.args.eps * sum);
-      const int i = plane / (work.C + 1);
-      if (plane == i * (work.C + 1) + work.C) inverse_norms[i] = sum == 0 ? 0 : T(1 / sum);
+      if (plane == i * (work.C + 1) + work.C) inverse_norms[i] = inverse<T>(sum);
     }
     __syncthreads();
+  }
+
+  // In T, where also n values are added up over a block.
+  static int64_t shared(const Work<T>& work, int n, int threads) {
+    return work.planes + work.K + n * (threads / kWarp);
   }
 };
 
@@ -419,15 +438,26 @@ struct At {
   }
 };
 
-// Shared memory of `subsets` and `entropies`, which add up `n` values over a block of `threads`.
-template <class T>
-int64_t subsets_shared(const Work<T>& work, int n, int threads) {
-  return work.planes + work.K + n * (threads / kWarp);
-}
+template <Stage stage, int K, int kC, class T>
+struct Visitor;
+template <int K, int kC, class T>
+struct Visitor<Stage::errors, K, kC, T> : Errors<T, K> {
+  __device__ Visitor(const Work<T>&, int, const Pixel<T, kC, K>&) : Errors<T, K>(K) {}
+};
+template <int K, int kC, class T>
+struct Visitor<Stage::gradients, K, kC, T> : Gradients<T, kC, K> {
+  __device__ Visitor(const Work<T>&, int, const Pixel<T, kC, K>& pixel) : Gradients<T, kC, K>(pixel, K) {}
+};
+template <int K, int kC, class T>
+struct Visitor<Stage::weighted_gradients, K, kC, T> : WeightedGradients<T, kC, K, T> {
+  __device__ Visitor(const Work<T>& work, int b, const Pixel<T, kC, K>& pixel)
+      : WeightedGradients<T, kC, K, T>(pixel, K, work.args.weights + int64_t(b) * K * ((1 << (K - 1)) - 1)) {}
+};
 
-// A block for each chunk of each image.
+// A block for each chunk of each image. C is a multiple of kC.
 template <Stage stage, int K, int kC, class T>
 __global__ void __launch_bounds__(kChunk, 2) subsets(const __grid_constant__ Work<T> work) {
+  constexpr bool gradients = stage != Stage::errors;
   const int b = blockIdx.x / work.chunks, chunk = blockIdx.x - b * work.chunks, C = work.C;
   const int p = chunk * kChunk + threadIdx.x;
   const bool inside = p < work.pixels;
@@ -440,7 +470,7 @@ __global__ void __launch_bounds__(kChunk, 2) subsets(const __grid_constant__ Wor
     g[i] = at.m(i) * image.inverse_norms[i];
     sum_T[i] = dd[i] = 0;
   }
-  for (int first = 0; first < C; first += kC) {  // C is a multiple of kC
+  for (int first = 0; first < C; first += kC) {
     T X[kC];
     Pixel<T, kC, K> pixel;
     pixel.d = d;
@@ -451,51 +481,35 @@ __global__ void __launch_bounds__(kChunk, 2) subsets(const __grid_constant__ Wor
 #pragma unroll
       for (int i = 0; i < K; ++i) pixel.r[i][c] = rounded_product(X[c], d[i]) - at.filtered(i, first + c);
     }
-    if constexpr (stage == Stage::errors) {
-      Errors<T, K> visitor(K);
+    Visitor<stage, K, kC, T> visitor(work, b, pixel);
 #pragma unroll
-      for (int i = 0; i < K; ++i) visitor.T[i] = sum_T[i];
-      walk_in_turns<K, kUnrolled>(visitor, pixel, Node<T, kC>{}, 0);
+    for (int i = 0; i < K; ++i) {  // it goes on from the channels before: fewer numbers to keep
+      visitor.T[i] = sum_T[i];
+      if constexpr (gradients) visitor.dd[i] = dd[i];
+    }
+    walk_in_turns<K, kUnrolled>(visitor, pixel, Node<T, kC>{}, 0);
 #pragma unroll
-      for (int i = 0; i < K; ++i) sum_T[i] = visitor.T[i];
-    } else {
-      const auto visit = [&](auto& visitor) {
+    for (int i = 0; i < K; ++i) {
+      sum_T[i] = visitor.T[i];
+      if constexpr (gradients) dd[i] = visitor.dd[i];
+    }
+    if constexpr (gradients) {
+      T dr[K * kC];
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        T dX = 0;
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          visitor.T[i] = sum_T[i];
-          visitor.dd[i] = dd[i];
+          const T x = dr[i * kC + c] = visitor.dr[i][c];
+          dd[i] += X[c] * x;
+          dX += d[i] * x;
+          if (inside) work.plane(b, i, first + c)[p] = x;
         }
-        walk_in_turns<K, kUnrolled>(visitor, pixel, Node<T, kC>{}, 0);
-        T dr[K * kC];
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          sum_T[i] = visitor.T[i];
-          dd[i] = visitor.dd[i];
-        }
-#pragma unroll
-        for (int c = 0; c < kC; ++c) {
-          T dX = 0;
-#pragma unroll
-          for (int i = 0; i < K; ++i) {
-            const T x = dr[i * kC + c] = visitor.dr[i][c];
-            dd[i] += X[c] * x;
-            dX += d[i] * x;
-            if (inside) work.plane(b, i, first + c)[p] = x;
-          }
-          if (inside && work.args.dimage) work.dX(b, first + c, p) = dX;
-        }
-        block_sums<K * kC>(dr, image.end, [&](int k, T sum) {
-          work.gradient_sums[work.index(b, k / kC, first + k % kC) * work.chunks + chunk] = sum;
-        });
-      };
-      if constexpr (stage == Stage::gradients) {
-        Gradients<T, kC, K> visitor(pixel, K);
-        visit(visitor);
-      } else {
-        const T* const weights = work.args.weights + int64_t(b) * K * ((1 << (K - 1)) - 1);
-        WeightedGradients<T, kC, K, T> visitor(pixel, K, weights);
-        visit(visitor);
+        if (inside && work.args.dimage) work.dX(b, first + c, p) = dX;
       }
+      block_sums<K * kC>(dr, image.free, [&](int k, T sum) {
+        work.gradient_sums[work.index(b, k / kC, first + k % kC) * work.chunks + chunk] = sum;
+      });
     }
   }
   T sums[2 * K];
@@ -503,12 +517,12 @@ __global__ void __launch_bounds__(kChunk, 2) subsets(const __grid_constant__ Wor
   for (int i = 0; i < K; ++i) {
     sums[i] = g[i] * sum_T[i];
     sums[K + i] = dd[i];
-    if (stage != Stage::errors && inside) {
+    if (gradients && inside) {
       work.plane(b, i, C)[p] = dd[i];
       if (work.args.dmasks) work.dm(b, i, p) = sum_T[i];
     }
   }
-  block_sums<stage == Stage::errors ? K : 2 * K>(sums, image.end, [&](int k, T sum) {
+  block_sums<gradients ? 2 * K : K>(sums, image.free, [&](int k, T sum) {
     if (k < K) {
       work.dots[(int64_t(b) * K + k) * work.chunks + chunk] = sum;
     } else {
@@ -517,22 +531,9 @@ __global__ void __launch_bounds__(kChunk, 2) subsets(const __grid_constant__ Wor
   });
 }
 
-// By a warp.
-template <class T>
-__device__ void write_loss(const Work<T>& work, int b) {
-  const double sum = add_parts(work.dots + int64_t(b) * work.K * work.chunks, work.K * work.chunks);
-  if (lane() == 0) work.args.losses[b] = T(-sum / work.C);
-}
-
-// A block for each image, of one warp.
-template <class T>
-__global__ void losses(const __grid_constant__ Work<T> work) {
-  write_loss(work, blockIdx.x);
-}
-
 // A block for each image and each set of masks kEntropiesLow .. K-1.
 template <int K, int kC, class T>
-__global__ void __launch_bounds__(kTileThreads) entropies(const __grid_constant__ Work<T> work) {
+__global__ void __launch_bounds__(kTileThreads, 1) entropies(const __grid_constant__ Work<T> work) {
   constexpr int kLow = kEntropiesLow, kSets = 1 << kLow, kTerms = (1 << (K - 1)) - 1;
   const int b = blockIdx.x >> (K - kLow), upper = blockIdx.x & ((1 << (K - kLow)) - 1), C = work.C;
   const Totals<T> image(work, b);
@@ -562,127 +563,154 @@ __global__ void __launch_bounds__(kTileThreads) entropies(const __grid_constant_
       walk<kLow>(visitor, pixel, node, 0);
     }
   }
-  block_sums<K * kSets>(&visitor.dots[0][0], image.end, [&](int k, T dot) {
+  block_sums<K * kSets>(&visitor.dots[0][0], image.free, [&](int k, T dot) {
     const int i = k / kSets, set = upper << kLow | k % kSets;
     if (set == 0 || (set >> i & 1)) return;
     const int others = (set >> (i + 1) << i) | (set & ((1 << i) - 1));
-    const T inverse_norm = image.inverse_norms[i];
-    work.args.entropies[(int64_t(b) * K + i) * kTerms + others - 1] = inverse_norm == 0 ? 0 : dot * inverse_norm / C;
+    const T by_norm = image.inverse_norms[i];
+    work.args.entropies[(int64_t(b) * K + i) * kTerms + others - 1] = by_norm == 0 ? 0 : dot * by_norm / C;
   });
 }
 
 // ---- Predictions ----------------------------------------------------------------------------------------------------
 
-// A block for each chunk of each mask.
+// A pixel and a mask: in both kernels a block has a chunk of an image for one mask.
+template <class T>
+struct AtMask {
+  const Work<T>& work;
+  int chunk, i, b, p;
+  bool inside;
+
+  __device__ explicit AtMask(const Work<T>& work) : work(work) {
+    const int mask = blockIdx.x / work.chunks;
+    chunk = blockIdx.x - mask * work.chunks;
+    i = mask % work.K;
+    b = mask / work.K;
+    p = chunk * kChunk + threadIdx.x;
+    inside = p < work.pixels;
+  }
+
+  __device__ T filtered(int c) const {
+    const T total = T(work.args.eps * add_parts(work.sums + work.index(b, i, c) * work.tiles, work.tiles));
+    return inside ? work.plane(b, i, c)[p] + total : 0;
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kChunk) predictions(const __grid_constant__ Work<T> work) {
-  const int mask = blockIdx.x / work.chunks, chunk = blockIdx.x - mask * work.chunks, C = work.C;
-  const int i = mask % work.K, b = mask / work.K, p = chunk * kChunk + threadIdx.x;
-  const auto filtered = [&](int c) {
-    const T total = T(work.args.eps * add_parts(work.sums + work.index(b, i, c) * work.tiles, work.tiles));
-    return p < work.pixels ? work.plane(b, i, c)[p] + total : 0;
-  };
-  const T d = filtered(C);
-  for (int c = 0; c < C; ++c) {
-    const T n = filtered(c);
-    if (p < work.pixels) work.args.psi[work.psi_index(b, i, c, p)] = d == 0 ? 0 : n / d;
+  const AtMask<T> at(work);
+  const T d = at.filtered(work.C);
+  for (int c = 0; c < work.C; ++c) {
+    const T n = at.filtered(c);
+    if (at.inside) work.args.psi[work.psi(at.b, at.i, c, at.p)] = d == 0 ? 0 : n / d;
   }
 }
 
-// The same; planes <- dr = - dn and dd, and their sums over the chunk.
+// planes <- dr = - dn and dd
 template <class T>
 __global__ void __launch_bounds__(kChunk) prediction_gradients(const __grid_constant__ Work<T> work) {
-  const int mask = blockIdx.x / work.chunks, chunk = blockIdx.x - mask * work.chunks, C = work.C;
-  const int i = mask % work.K, b = mask / work.K, p = chunk * kChunk + threadIdx.x;
-  const auto filtered = [&](int c) {
-    const T total = T(work.args.eps * add_parts(work.sums + work.index(b, i, c) * work.tiles, work.tiles));
-    return p < work.pixels ? work.plane(b, i, c)[p] + total : 0;
-  };
+  const AtMask<T> at(work);
   const auto store = [&](int c, T x) {
-    if (p < work.pixels) work.plane(b, i, c)[p] = x;
+    if (at.inside) work.plane(at.b, at.i, c)[at.p] = x;
     block_sums<1>(&x, shared_memory<T>(), [&](int, T sum) {
-      work.gradient_sums[work.index(b, i, c) * work.chunks + chunk] = sum;
+      work.gradient_sums[work.index(at.b, at.i, c) * work.chunks + at.chunk] = sum;
     });
   };
-  const T d = filtered(C);
+  const T d = at.filtered(work.C);
   T dd = 0;
-  for (int c = 0; c < C; ++c) {
-    const T n = filtered(c);
-    const T gradient = p < work.pixels ? work.args.psi_gradient[work.psi_index(b, i, c, p)] : 0;
+  for (int c = 0; c < work.C; ++c) {
+    const T n = at.filtered(c);
+    const T gradient = at.inside ? work.args.psi_gradient[work.psi(at.b, at.i, c, at.p)] : 0;
     const T dr = d == 0 ? 0 : -gradient / d;
     dd += rounded_product(d == 0 ? 0 : n / d, dr);
     store(c, dr);
   }
-  store(C, dd);
+  store(work.C, dd);
 }
 
 // ---- The end --------------------------------------------------------------------------------------------------------
 
-// A block for each tile of each mask, or with dimage asked for of each image. With F for the filter, and T, dr and dd
-// times their common factor, the loss's sign and 1 / C:
+// By a warp.
+template <class T>
+__device__ void write_loss(const Work<T>& work, int b) {
+  const double sum = add_parts(work.dots + int64_t(b) * work.K * work.chunks, work.K * work.chunks);
+  if (lane() == 0) work.args.losses[b] = T(-sum / work.C);
+}
+
+// A block for each image, of one warp.
+template <class T>
+__global__ void __launch_bounds__(kWarp) losses(const __grid_constant__ Work<T> work) {
+  write_loss(work, blockIdx.x);
+}
+
+// A block for each tile of each mask; where dimage is asked for it has all masks, one after the other. With F for the
+// filter, and T, dr and dd times their common factor, the loss's sign and 1 / C:
 //
 //     dm_i = F(dd_i) - sum_c X_c F(dr_{i,c}) + (T_i - <g_i, T_i>) / ||m_i||
 //     dX_c = sum_i (d_i dr_{i,c} - m_i F(dr_{i,c}))
 template <int kRadius, class T>
-__global__ void __launch_bounds__(kTileThreads) finish(const __grid_constant__ Work<T> work) {
+__global__ void __launch_bounds__(kTileThreads, 2) finish(const __grid_constant__ Work<T> work) {
   const Inpainting<T>& args = work.args;
   const int C = work.C, K = work.K, masks = args.dimage ? K : 1;
-  const int first = blockIdx.x / work.tiles * masks, t = blockIdx.x % work.tiles, b = first / K;
-  const T factor = args.psi_gradient ? T(1) : (args.weights ? 1 : -1) / T(C);
+  const int block = blockIdx.x / work.tiles, t = blockIdx.x - block * work.tiles;
+  const int b = block * masks / K, first = block * masks - b * K;
+  const bool predictions = args.psi_gradient;
+  const T factor = predictions ? T(1) : (args.weights ? 1 : -1) / T(C);
   const TileMemory<T> memory(work);
   const Tile tile(work, t);
-  for (int i = first % K; i < first % K + masks; ++i) {
-    const double norm = add_parts(work.sums + work.index(b, i, C) * work.tiles, work.tiles);
-    const T inverse_norm = norm == 0 ? 0 : T(1 / norm);
-    const T mean_error = args.psi_gradient ? 0 : T(add_parts(work.dots + (int64_t(b) * K + i) * work.chunks, work.chunks));
-    for (int c = 0; c <= C; ++c) {
+  T *const totals = memory.sums, &mean_error = totals[C + 1], &by_norm = totals[C + 2];
+  for (int i = first; i < first + masks; ++i) {
+    for (int k = warp(); k < C + 3; k += warps()) {
+      const T* const parts = k <= C       ? work.gradient_sums + work.index(b, i, k) * work.chunks
+                             : k == C + 1 ? work.dots + (int64_t(b) * K + i) * work.chunks
+                                          : work.sums + work.index(b, i, C) * work.tiles;
+      const double sum = add_parts(parts, k == C + 2 ? work.tiles : work.chunks);
+      if (lane() == 0) totals[k] = k <= C ? T(args.eps * sum) : k == C + 1 ? T(sum) : inverse<T>(sum);
+    }
+    for (int c = 0; c < (args.dmasks ? C + 1 : C); ++c) {
       const T* const plane = work.plane(b, i, c);
-      const T total = T(args.eps * add_parts(work.gradient_sums + work.index(b, i, c) * work.chunks, work.chunks));
+      const auto load = [&](int y, int x) { return plane[y * work.W + x]; };
       const auto take = [&](int y, int x, T out) {
         const int p = y * work.W + x;
-        const T gradient = out + total;
-        T& sum = memory.own[(y - tile.down.origin - tile.down.own.first) * work.tiling.columns +
-                            (x - tile.across.origin - tile.across.own.first)];
-        if (c < C) {
-          sum = (c == 0 ? 0 : sum) + rounded_product(work.X(b, c, p), gradient);
-          if (!args.dimage) return;
-          T& dX = work.dX(b, c, p);
-          const T before = i == 0 && args.psi_gradient ? 0 : dX;
-          dX = (before - work.m(b, i, p) * gradient) * (i == K - 1 ? factor : 1);
-        } else if (args.dmasks) {
+        const T gradient = out + totals[c];
+        T& sum = memory.own[(y - tile.down.origin - tile.down.own.first) * work.tiling.columns + x -
+                            tile.across.origin - tile.across.own.first];
+        if (c == C) {
           T& dm = work.dm(b, i, p);
-          const T error = args.psi_gradient ? 0 : (dm - mean_error) * inverse_norm;
+          const T error = predictions ? 0 : (dm - mean_error) * by_norm;
           dm = factor * (gradient - sum + error);
+          return;
         }
+        sum = (c == 0 ? 0 : sum) + rounded_product(work.X(b, c, p), gradient);
+        if (!args.dimage) return;
+        T& dX = work.dX(b, c, p);
+        const T before = i == 0 && predictions ? 0 : dX;
+        dX = (before - work.m(b, i, p) * gradient) * (i == K - 1 ? factor : 1);
       };
-      filter<kRadius>(work, tile, memory.taps, memory.from, memory.to,
-                      [&](int y, int x) { return plane[y * work.W + x]; }, take);
+      filter<kRadius>(work, tile, memory, load, take);  // whose first barrier is that for the totals, too
     }
   }
-  if (args.losses && t == 0 && first % K == 0 && warp() == 0) write_loss(work, b);
+  if (args.losses && t == 0 && first == 0 && warp() == 0) write_loss(work, b);
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
-// Queues kernels until one fails.
+// Queues kernels, until one is refused.
 struct Queue {
   const cudaStream_t stream;
   cudaError_t error = cudaSuccess;
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, const Arguments&... arguments) {
-    if (error != cudaSuccess) return;
-    if (blocks > INT_MAX || shared > kMostShared) {
-      error = cudaErrorInvalidConfiguration;
-      return;
-    }
-    if (shared > 48 << 10) {
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
+              const Arguments&... arguments) {
+    if (error == cudaSuccess && (blocks > INT_MAX || shared > kMostShared)) error = cudaErrorInvalidConfiguration;
+    if (error == cudaSuccess && shared > 48 << 10) {  // more has to be asked for
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-      if (error != cudaSuccess) return;
     }
+    if (error != cudaSuccess) return;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(threads);
+    config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared);
     config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -692,32 +720,22 @@ struct Queue {
 template <class T>
 using Kernel = void(Work<T>);
 
-// Channels of a colour image are taken at once where it pays for the time that the compiler takes.
+// Channels are taken three at a time where there are as many. But not everywhere: it would take long to compile.
 template <Stage stage, class T>
-constexpr int kColours = sizeof(T) == sizeof(float) && stage != Stage::weighted_gradients ? 3 : 1;
+constexpr int kMostChannels = sizeof(T) == sizeof(float) && stage != Stage::weighted_gradients ? 3 : 1;
 
 template <Stage stage, class T, int... k>
-Kernel<T>* subsets_kernel(const Work<T>& work, std::integer_sequence<int, k...>) {
-  constexpr int colours = kColours<stage, T>;
-  static constexpr Kernel<T>* kernels[][2] = {{subsets<stage, k + 2, 1, T>, subsets<stage, k + 2, colours, T>}...};
+Kernel<T>* kernel_of_subsets(const Work<T>& work, std::integer_sequence<int, k...>) {
+  constexpr int most = kMostChannels<stage, T>;
+  static constexpr Kernel<T>* kernels[][2] = {{subsets<stage, k + 2, 1, T>, subsets<stage, k + 2, most, T>}...};
   return kernels[work.K - 2][work.C % 3 == 0];
 }
 
 template <class T, int... k>
-Kernel<T>* entropies_kernel(const Work<T>& work, std::integer_sequence<int, k...>) {
-  constexpr int colours = kColours<Stage::entropies, T>;
-  static constexpr Kernel<T>* kernels[][2] = {{entropies<k + 2, 1, T>, entropies<k + 2, colours, T>}...};
+Kernel<T>* kernel_of_entropies(const Work<T>& work, std::integer_sequence<int, k...>) {
+  constexpr int most = kMostChannels<Stage::entropies, T>;
+  static constexpr Kernel<T>* kernels[][2] = {{entropies<k + 2, 1, T>, entropies<k + 2, most, T>}...};
   return kernels[work.K - 2][work.C % 3 == 0];
-}
-
-template <class T>
-void queue_subsets(const Work<T>& work, Stage stage, Queue& queue) {
-  constexpr auto each_K = std::make_integer_sequence<int, kMostMasks - 1>();
-  Kernel<T>* const kernel = stage == Stage::errors      ? subsets_kernel<Stage::errors>(work, each_K)
-                            : stage == Stage::gradients ? subsets_kernel<Stage::gradients>(work, each_K)
-                                                        : subsets_kernel<Stage::weighted_gradients>(work, each_K);
-  const int values = work.K * (work.C % 3 == 0 ? 3 : 2);
-  queue.launch(kernel, work.B * work.chunks, kChunk, subsets_shared(work, values, kChunk) * sizeof(T), work);
 }
 
 template <class T>
@@ -732,6 +750,39 @@ void queue_passes(const Work<T>& work, Queue& queue) {
 }
 
 template <class T>
+void queue_stage(const Work<T>& work, Stage stage, Queue& queue) {
+  constexpr auto each_K = std::make_integer_sequence<int, kMostMasks - 1>();
+  const int64_t chunks = work.B * work.chunks;
+  const auto queue_subsets = [&](Kernel<T>* kernel) {
+    queue.launch(kernel, chunks, kChunk, Totals<T>::shared(work, 3 * work.K, kChunk) * sizeof(T), work);
+  };
+  switch (stage) {
+    case Stage::errors:
+      queue_subsets(kernel_of_subsets<Stage::errors>(work, each_K));
+      queue.launch(losses<T>, work.B, kWarp, 0, work);
+      break;
+    case Stage::gradients:
+      queue_subsets(kernel_of_subsets<Stage::gradients>(work, each_K));
+      break;
+    case Stage::weighted_gradients:
+      queue_subsets(kernel_of_subsets<Stage::weighted_gradients>(work, each_K));
+      break;
+    case Stage::entropies:
+      queue.launch(kernel_of_entropies(work, each_K), work.B << (work.K - kEntropiesLow), kTileThreads,
+                   Totals<T>::shared(work, work.K << kEntropiesLow, kTileThreads) * sizeof(T), work);
+      break;
+    case Stage::predictions:
+      queue.launch(predictions<T>, work.K * chunks, kChunk, 0, work);
+      break;
+    case Stage::prediction_gradients:
+      queue.launch(prediction_gradients<T>, work.K * chunks, kChunk, kChunk / kWarp * sizeof(T), work);
+      break;
+    default:
+      queue.error = cudaErrorInvalidValue;
+  }
+}
+
+template <class T>
 int64_t scratch(const Inpainting<T>& args, int64_t B) {
   return Work<T>(args, B, nullptr).size;
 }
@@ -741,44 +792,33 @@ const char* run(const Inpainting<T>& args, int64_t B, Stage stage, T* scratch, v
   if (B == 0) return nullptr;
   const Work<T> work(args, B, scratch);
   Queue queue{static_cast<cudaStream_t>(stream)};
-  const int64_t tile_shared = work.tile_shared(work.tiling) * sizeof(T);
+  const int64_t shared = work.tile_shared(work.tiling) * sizeof(T);
   const bool five = work.radius == 5;
-
-  queue.launch(five ? products<5, T> : products<0, T>, B * work.planes * work.tiles, kTileThreads, tile_shared, work);
+  queue.launch(five ? products<5, T> : products<0, T>, B * work.planes * work.tiles, kTileThreads, shared, work);
   queue_passes(work, queue);
-  switch (stage) {
-    case Stage::predictions:
-      queue.launch(predictions<T>, B * work.K * work.chunks, kChunk, 0, work);
-      break;
-    case Stage::prediction_gradients:
-      queue.launch(prediction_gradients<T>, B * work.K * work.chunks, kChunk, kChunk / kWarp * sizeof(T), work);
-      break;
-    case Stage::entropies: {
-      const int64_t shared = subsets_shared(work, work.K << kEntropiesLow, kTileThreads) * sizeof(T);
-      Kernel<T>* const kernel = entropies_kernel(work, std::make_integer_sequence<int, kMostMasks - 1>());
-      queue.launch(kernel, B << (work.K - kEntropiesLow), kTileThreads, shared, work);
-      break;
-    }
-    default:
-      queue_subsets(work, stage, queue);
-  }
-  if (stage == Stage::errors) queue.launch(losses<T>, B, kWarp, 0, work);
+  queue_stage(work, stage, queue);
   if (args.dimage || args.dmasks) {
+    const int64_t blocks = B * (args.dimage ? 1 : work.K) * work.tiles;
     queue_passes(work, queue);
-    const int64_t masks = args.dimage ? 1 : work.K;
-    queue.launch(five ? finish<5, T> : finish<0, T>, B * masks * work.tiles, kTileThreads, tile_shared, work);
+    queue.launch(five ? finish<5, T> : finish<0, T>, blocks, kTileThreads, shared, work);
   }
   if (queue.error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // told here; it shall not be found elsewhere
+  cudaGetLastError();  // told here, it shall not be found elsewhere
   return cudaGetErrorString(queue.error);
+}
+
+const char* trouble() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, losses<IIO_REAL>);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-// This file is compiled for each type by itself: the two take as long as one.
+// This file is compiled for each type by itself, so that two compilers can work at it.
 template <>
 InpaintingKernels<IIO_REAL> kernels<IIO_REAL>() {
-  return {scratch<IIO_REAL>, run<IIO_REAL>};
+  return {scratch<IIO_REAL>, run<IIO_REAL>, trouble};
 }
 
 }  // namespace iio::cuda

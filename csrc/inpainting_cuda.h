@@ -14,6 +14,9 @@ struct InpaintingKernels {
 
   // Queues all kernels of a call on a stream (a cudaStream_t) of the current device. Null, or what went wrong.
   const char* (*run)(const Inpainting<T>&, int64_t B, Stage stage, T* scratch, void* stream);
+
+  // Null where the kernels run on the current device, or why they do not: a driver too old, say.
+  const char* (*trouble)();
 };
 
 template <class T>

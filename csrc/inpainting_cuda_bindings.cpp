@@ -33,3 +33,8 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(iio_kernels, CUDA, m) { Operators<Cuda>::implement(m); }
 
 }  // namespace iio
+
+// What is asked once the library is loaded.
+extern "C" __attribute__((visibility("default"))) const char* iio_kernels_cuda_trouble() {
+  return iio::cuda::kernels<float>().trouble();
+}

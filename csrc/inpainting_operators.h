@@ -87,7 +87,8 @@ struct Operators {
   static void check(const Tensor& image, const Tensor& masks, const Inpainter& inpainter) {
     STD_TORCH_CHECK(image.dim() == 4 && masks.dim() == 4, "image and masks must have 4 dimensions");
     for (int64_t dimension : {0, 2, 3}) {
-      STD_TORCH_CHECK(image.size(dimension) == masks.size(dimension), "image and masks differ in dimension ", dimension);
+      STD_TORCH_CHECK(image.size(dimension) == masks.size(dimension), "image and masks differ in dimension ",
+                      dimension);
     }
     const int64_t H = image.size(2), W = image.size(3);
     STD_TORCH_CHECK(image.size(1) >= 1 && masks.size(1) >= 1, "expected at least one channel and one mask");

@@ -137,8 +137,8 @@ IIO_INLINE typename Visitor::Sums walk(Visitor& visitor, const Pixel<V, kC, kMas
 
 #if defined(__CUDACC__)
 
-// The same with code for kUnrolled levels only: each level above is a loop of two turns, without and with its mask, whose
-// body is there once. All arrays are indexed by constants, so that they can be in registers.
+// The same with code for kUnrolled levels only. Each level above them is a loop of two turns, without its mask and with
+// it, whose body is there once. All arrays are indexed by constants, so that they can be in registers.
 template <int kLevel, int kUnrolled, class Visitor, class V, int kC, int kMasks>
 IIO_INLINE typename Visitor::Sums walk_in_turns(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel,
                                                 const Node<V, kC>& node, unsigned set) {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 # Before CUDA starts: deterministic algorithms, below, need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -40,6 +43,10 @@ for name in ("conditional_entropies", "inpaint"):
     function = getattr(inpainting.reference, name)
     setattr(sys.modules[f"{inpainting.__name__}.written_out"], f"{name}_backward", gradients(function))
 
+# The CUDA backend's kernels without a GPU: slow, so only where asked for. tests/test_cuda_on_host.py takes some cases.
+if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):
+    cuda_on_host.load(cuda_on_host.build(Path(tempfile.mkdtemp())))
+
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SERVING = [
     (backend, device)
@@ -49,7 +56,15 @@ SERVING = [
 ]
 
 
-@pytest.fixture(params=SERVING, ids="-".join)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests in test_<operation>.py are for the backends that have the operation."""
+    if "serving" in metafunc.fixturenames:
+        operation = metafunc.module.__name__.removeprefix("test_")
+        pairs = [pair for pair in SERVING if operation in BACKENDS[pair[0]].operations]
+        metafunc.parametrize("serving", pairs, ids="-".join, indirect=True)
+
+
+@pytest.fixture
 def serving(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 

@@ -157,8 +157,8 @@ inline void run_block(int threads, size_t shared) {
   block.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   if (int(block.fibers.size()) < threads) block.fibers.resize(threads);
   for (int k = 0; k < threads; ++k) make(block.fibers[k]);
-  static const char* const order = std::getenv("IIO_HOST_ORDER");
-  static const bool descending = order && std::string(order) == "descending";
+  const char* const order = std::getenv("IIO_HOST_ORDER");
+  const bool descending = order && std::string(order) == "descending";
   for (int left = threads; left > 0;) {
     block.moved = false;
     for (int j = 0; j < threads; ++j) {
@@ -176,10 +176,8 @@ inline void run_block(int threads, size_t shared) {
 #endif
 }
 
-inline std::map<void*, int>& shared_memory_asked_for() {
-  static std::map<void*, int> asked;
-  return asked;
-}
+inline std::map<void*, int> asked_for;  // shared memory, by kernel
+inline int launches = 0;
 
 }  // namespace cuda_on_host
 
@@ -233,23 +231,31 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+struct cudaFuncAttributes {};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   if (size_t(bytes) > sizeof(dynamic_shared)) return cudaErrorInvalidValue;
-  cuda_on_host::shared_memory_asked_for()[reinterpret_cast<void*>(kernel)] = bytes;
+  cuda_on_host::asked_for[reinterpret_cast<void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   using namespace cuda_on_host;
-  const auto& asked = shared_memory_asked_for();
-  const auto found = asked.find(reinterpret_cast<void*>(kernel));
-  const size_t limit = found == asked.end() ? 48 << 10 : found->second;
+  const auto found = asked_for.find(reinterpret_cast<void*>(kernel));
+  const size_t limit = found == asked_for.end() ? 48 << 10 : found->second;
   const dim3 grid = config->gridDim, threads = config->blockDim;
   if (grid.x == 0 || grid.x > 0x7fffffff || grid.y != 1 || grid.z != 1) return cudaErrorInvalidConfiguration;
   if (threads.x == 0 || threads.x > 1024 || threads.y != 1 || threads.z != 1) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  ++launches;
   gridDim = grid;
   blockDim = threads;
   block.kernel = [&] { kernel(arguments...); };
@@ -258,4 +264,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     run_block(threads.x, config->dynamicSmemBytes);
   }
   return cudaSuccess;
+}
+
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_on_host_launches() {
+  return cuda_on_host::launches;
 }
