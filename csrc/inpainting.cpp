@@ -412,26 +412,8 @@ void subsets(Image<T> image, int64_t chunk) {
   if constexpr (stage != Stage::errors) tiles.to_lanes_of_planes();
 }
 
-// <m_i, e_S> for all masks and the sets S that hold the same of masks kLow .. K-1.
-template <class T, int kLow>
-struct Dots {
-  struct Sums {};
-  int K;
-  Vec<T> m[kMasks], dots[kMasks][1 << kLow];
-
-  template <int kC>
-  IIO_INLINE Sums visit(const Node<Vec<T>, kC>& node, unsigned set) {
-    const Vec<T> e = node.error();
-    IIO_OVER_MASKS
-    for (int i = 0; i < K; ++i) dots[i][set] += m[i] * e;
-    return {};
-  }
-
-  IIO_INLINE Sums join(int, Sums, Sums) const { return {}; }
-};
-
 template <int kC, int kLow, class T>
-IIO_INLINE void add_dots(const Tile<T>& tile, int64_t first, unsigned upper, Dots<T, kLow>& visitor) {
+IIO_INLINE void add_dots(const Tile<T>& tile, int64_t first, unsigned upper, Dots<Vec<T>, kMasks, kLow>& visitor) {
   Vec<T> d[kMasks], g[kMasks] = {};
   Pixel<Vec<T>, kC, kMasks> pixel;
   pixel.d = d;
@@ -455,7 +437,7 @@ void entropies(Image<T> image, int64_t upper) {
   const int64_t K = image.K, C = image.C;
   double dots[kMasks][kSets] = {};
   for (int64_t first = 0; first < image.tiles; first += kTiles) {
-    Dots<T, kLow> visitor;
+    Dots<Vec<T>, kMasks, kLow> visitor;
     visitor.K = int(K);
     IIO_OVER_MASKS
     for (int64_t i = 0; i < K; ++i) {

@@ -38,6 +38,7 @@ template <class T>
 struct Inpainting {
   Planes<T> image, masks;
   int64_t K, C, H, W;
+  double sigma;
   const T* taps;  // (radius + 1,): the filter from its middle outwards
   int64_t radius, repeats;
   T eps;

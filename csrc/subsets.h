@@ -22,8 +22,9 @@
 // compiler that sees arrays of kMasks would make kMasks copies of the loop.
 #if defined(__CUDACC__)
 #define IIO_ISA cuda
-#define IIO_INLINE __host__ __device__ __forceinline__
+#define IIO_INLINE __device__ __forceinline__
 #define IIO_OVER_MASKS _Pragma("unroll")
+#define IIO_ONE_BODY _Pragma("unroll 1")
 #else
 #include "simd.h"
 #if defined(__clang__)
@@ -67,6 +68,16 @@ IIO_INLINE V times_sign(V t, V x) {
 template <class V>
 IIO_INLINE V reciprocal_or_0(V x) {
   return x == 0 ? V{} : 1 / x;
+}
+
+// K, in a loop over masks.
+template <int kMasks>
+IIO_INLINE int count([[maybe_unused]] int K) {
+#if defined(__CUDACC__)
+  return kMasks;
+#else
+  return K;
+#endif
 }
 
 // ---- The tree -------------------------------------------------------------------------------------------------------
@@ -123,6 +134,31 @@ IIO_INLINE typename Visitor::Sums walk(Visitor& visitor, const Pixel<V, kC, kMas
     return visitor.join(i, without, with);
   }
 }
+
+#if defined(__CUDACC__)
+
+// The same with code for kUnrolled levels only. Each level above them is a loop of two turns, without its mask and with
+// it, whose body is there once. All arrays are indexed by constants, so that they can be in registers.
+template <int kLevel, int kUnrolled, class Visitor, class V, int kC, int kMasks>
+IIO_INLINE typename Visitor::Sums walk_in_turns(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel,
+                                                const Node<V, kC>& node, unsigned set) {
+  if constexpr (kLevel <= kUnrolled) {
+    return walk<kLevel>(visitor, pixel, node, set);
+  } else {
+    constexpr int i = kLevel - 1;
+    Node<V, kC> child = node.without(pixel, i);
+    typename Visitor::Sums without{};
+    IIO_ONE_BODY
+    for (unsigned turn = 0;; ++turn) {
+      const auto sums = walk_in_turns<i, kUnrolled>(visitor, pixel, child, set | turn << i);
+      if (turn == 1) return visitor.join(i, without, sums);
+      without = sums;
+      child = node.with(pixel, i);
+    }
+  }
+}
+
+#endif
 
 // Visits all sets of K masks: a loop over the sets of masks kLow .. K-1, and below each the tree, unrolled. The loop
 // counts in binary; of its path from the root what is below the bit that changed is made anew, and `pending` holds the
@@ -239,24 +275,42 @@ struct WeightedGradients : Gradients<V, kC, kMasks> {
 
   IIO_INLINE Real weight(int m, unsigned set) const {
     const unsigned others = (set >> (m + 1) << m) | (set & ((1u << m) - 1));
-    return weights[m * ((1 << (K - 1)) - 1) + int(others) - 1];
+    return weights[m * ((1 << (count<kMasks>(K) - 1)) - 1) + int(others) - 1];
   }
 
   IIO_INLINE Sums visit(const Node<V, kC>& node, unsigned set) {
     if (set == 0) return Sums{};
     V w{};
     IIO_OVER_MASKS
-    for (int m = 0; m < K; ++m) {
+    for (int m = 0; m < count<kMasks>(K); ++m) {
       if (!(set >> m & 1)) w += weight(m, set) * pixel.g[m];
     }
     Sums sums(node, w);
     IIO_OVER_MASKS
-    for (int m = 0; m < K; ++m) {
+    for (int m = 0; m < count<kMasks>(K); ++m) {
       if (!(set >> m & 1)) this->T[m] += weight(m, set) * sums.e;
     }
     sums.e = V{};  // already in T
     return sums;
   }
+};
+
+// <m_i, e_S> for all masks and the sets of masks 0 .. kLow-1, to which a node adds the same others.
+template <class V, int kMasks, int kLow>
+struct Dots {
+  struct Sums {};
+  int K;
+  V m[kMasks], dots[kMasks][1 << kLow];
+
+  template <int kC>
+  IIO_INLINE Sums visit(const Node<V, kC>& node, unsigned set) {
+    const V e = node.error();
+    IIO_OVER_MASKS
+    for (int i = 0; i < count<kMasks>(K); ++i) dots[i][set] += m[i] * e;
+    return {};
+  }
+
+  IIO_INLINE Sums join(int, Sums, Sums) const { return {}; }
 };
 
 }  // namespace iio::IIO_ISA

@@ -19,11 +19,12 @@ def report() -> str:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda": ", ".join(devices) or "no device",
     }
-    try:
-        compiler = _build.find_compiler()
-        facts["compiler"] = f"{' '.join(compiler)}: {_build.compiler_version(compiler)}"
-    except _build.BuildError as error:
-        facts["compiler"] = str(error)
+    for name, find in (("compiler", _build.find_compiler), ("nvcc", _build.find_nvcc)):
+        try:
+            compiler = find()
+            facts[name] = f"{' '.join(compiler)}: {_build.compiler_version(compiler)}"
+        except _build.BuildError as error:
+            facts[name] = str(error)
     facts["cache"] = str(_build.cache_folder())
     facts["instruction set"] = _build.instruction_set() or "kernels not loaded"
     facts |= {f"backend {name}": reason or "available" for name, reason in iio_kernels.backends().items()}

@@ -22,11 +22,13 @@ class Backend:
     """One way to compute the operations.
 
     `device_types` are the kinds of device it serves, None meaning all of them; `missing` returns None where the
-    backend can serve on this machine and otherwise the reason why it cannot, in words for the user.
+    backend can serve on this machine and otherwise the reason why it cannot, in words for the user; `operations` are
+    those it has kernels for.
     """
 
     device_types: tuple[str, ...] | None
     missing: Callable[[], str | None]
+    operations: tuple[str, ...] = ("composition", "inpainting", "slot_attention")
 
     def refuses(self, device: torch.device) -> str | None:
         """Why this backend cannot serve tensors on `device`; None where it can."""
@@ -39,6 +41,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(device_types=("cpu",), missing=_build.missing),
     "triton": Backend(device_types=("cuda", "cpu") if _triton.INTERPRETED else ("cuda",), missing=_triton.missing),
+    "cuda": Backend(device_types=("cuda",), missing=_build.cuda_missing, operations=("inpainting",)),
     "reference": Backend(device_types=None, missing=lambda: None),
 }
 
@@ -47,25 +50,28 @@ def backends() -> dict[str, str | None]:
     """The backends of this package: for each name None where it can be used here, otherwise why it cannot.
 
     >>> iio_kernels.backends()
-    {'cpu': None, 'reference': None}
+    {'cpu': None, 'triton': None, 'cuda': 'there is no nvcc: install the CUDA toolkit, ...', 'reference': None}
     """
     return {name: backend.missing() for name, backend in BACKENDS.items()}
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """The name of the backend that serves a call: `backend` itself, or by the device for "auto".
+def choose(op: str, backend: str, device: torch.device) -> str:
+    """The name of the backend that serves a call of `op`: `backend` itself, or by the device for "auto".
 
     A backend asked for by name never falls back to another: it raises with the reason.
 
     Raises:
-        ValueError: there is no backend of that name, or it does not serve this kind of device.
+        ValueError: there is no backend of that name, or it does not have this operation or serve this kind of device.
         RuntimeError: it serves this kind of device, but not on this machine.
     """
+    candidates = {name: candidate for name, candidate in BACKENDS.items() if op in candidate.operations}
     if backend == "auto":
-        return next(name for name, candidate in BACKENDS.items() if candidate.refuses(device) is None)
+        return next(name for name, candidate in candidates.items() if candidate.refuses(device) is None)
+    names = ", ".join(map(repr, ("auto", *candidates)))
     if backend not in BACKENDS:
-        names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    if backend not in candidates:
+        raise ValueError(f"backend: {backend!r} has no kernels of {op}: expected one of {names}")
     reason = BACKENDS[backend].refuses(device)
     if reason is not None:
         kind = RuntimeError if reason == BACKENDS[backend].missing() else ValueError

@@ -1,6 +1,6 @@
-"""Compiles csrc on first use, caches the result, and loads it.
+"""Compiles csrc on first use, caches the result, and loads it: a library for CPUs, and one for NVIDIA GPUs.
 
-The library is built in a folder of its own and renamed into the cache, so that a kill at any moment leaves either
+A library is built in a folder of its own and renamed into the cache, so that a kill at any moment leaves either
 nothing or all of it. Processes that start together wait for the first of them by a lock that the operating system
 drops when its holder dies: it cannot go stale. The name in the cache is three hashes: of the sources, flags and torch's
 version, of the compiler, and of the library itself. What does not match is not found; where there is no compiler, any
@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,74 +41,124 @@ if platform.machine() in ("x86_64", "AMD64"):
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
 
+#: For nvcc. Quotients may be off by a unit or two in the last place.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-prec-div=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "--split-compile=0"]
+
+TORCH = Path(torch.__file__).parent
+TORCH_HEADERS = ["-isystem", str(TORCH / "include")]
+TORCH_LIBRARIES = ["-L" + str(TORCH / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
+
 #: How the folder of a library begins that only its own process can use.
 PRIVATE = "iio_kernels-"
 
-#: Compilation takes seconds; a compiler that has not ended by then never will.
-TIMEOUT = 300.0
-
-
-#: The library, once it is loaded.
-_loaded: ctypes.CDLL | None = None
+#: Compilation takes seconds, of CUDA code about a minute; a compiler that has not ended by then never will.
+TIMEOUT = 600.0
 
 
 class BuildError(Exception):
     """The kernels cannot be built or loaded here, for a reason told in one line."""
 
 
+class NoCompiler(BuildError):
+    """There is nothing to build them with."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of kernels: what the user reads of it, and how it is made."""
+
+    name: str
+    kernels: str
+    instead: str
+    time: str
+    #: The files of csrc that it depends on, by their suffixes, and what else it depends on but the compilers.
+    suffixes: tuple[str, ...]
+    settings: Callable[[], list]
+    #: The compilers, and with these and a folder to build in the commands: those that compile, and the one that links.
+    compilers: Callable[[], list[list[str]]]
+    commands: Callable[..., tuple[list[list[str]], list[str]]]
+
+
+#: The libraries that are loaded.
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
     """None where the compiled CPU kernels are loaded, after building them if need be; otherwise why they are not."""
-    reason = _load()
-    if reason is not None:
-        _warn(reason)
-    return reason
+    error = _load(CPU)
+    if error is not None:
+        _warn(CPU, str(error))
+    return error and str(error)
+
+
+@torch.compiler.assume_constant_result
+def cuda_missing() -> str | None:
+    """The same of the CUDA kernels. No warning where there is no GPU or no nvcc, as on most machines: others serve."""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not _has_gpu():
+        return "there is no GPU"
+    error = _load(CUDA)
+    if error is not None and not isinstance(error, NoCompiler):
+        _warn(CUDA, str(error))
+    return error and str(error)
 
 
 @functools.cache
-def _load() -> str | None:
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _load(library: Library) -> BuildError | None:
     try:
-        path = library()
+        path = built(library)
         if content_hash(path) not in path.name:  # someone damaged it: once more from the sources
             path.unlink(missing_ok=True)
-            path = library()
+            path = built(library)
         torch.ops.load_library(path)
     except BuildError as error:
-        return str(error)
+        return error
     except OSError as error:
-        return f"the compiled kernels cannot be loaded: {one_line(f'{error}: {error.__cause__ or str()}')}"
-    global _loaded
-    _loaded = ctypes.CDLL(str(path))
+        reason = one_line(f"{error}: {error.__cause__ or ''}")
+        return BuildError(f"the compiled kernels cannot be loaded: {reason}")
+    _loaded[library.name] = ctypes.CDLL(str(path))
     if path.parent.name.startswith(PRIVATE):
         shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded needs no file any more
+    if library is CUDA and (trouble := said_by(CUDA, "iio_kernels_cuda_trouble")):
+        return BuildError(f"the compiled kernels do not run: {trouble}")
     return None
 
 
 @functools.cache
-def _warn(reason: str) -> None:
+def _warn(library: Library, reason: str) -> None:
     warnings.warn(
-        f"iio_kernels: the CPU kernels are not available, and plain PyTorch serves instead, several times slower: "
-        f"{reason}. `python -m iio_kernels` shows what was found",
+        f"iio_kernels: the {library.kernels} are not available, and {library.instead}: {reason}. "
+        f"`python -m iio_kernels` shows what was found",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
+def said_by(library: Library, function: str) -> str:
+    """What a function of a loaded library returns."""
+    function = getattr(_loaded[library.name], function)
+    function.restype = ctypes.c_char_p
+    return (function() or b"").decode()
+
+
 def instruction_set() -> str | None:
     """Which of `INSTRUCTION_SETS` runs on this machine, as the library itself decides; None if it is not loaded."""
-    if missing() is not None:
-        return None
-    chosen = _loaded.iio_kernels_instruction_set
-    chosen.restype = ctypes.c_char_p
-    return chosen().decode()
+    return None if missing() else said_by(CPU, "iio_kernels_instruction_set")
 
 
-def library() -> Path:
+def built(library: Library) -> Path:
     """The compiled library, built now if it is not in the cache."""
-    folder, name = cache_folder(), f"cpu-{fingerprint()}"
+    folder, name = cache_folder(), f"{library.name}-{fingerprint(library)}"
     try:
-        compiler = find_compiler()
-        name += f"-{compiler_hash(compiler)}"
+        compilers = library.compilers()
+        name += f"-{compilers_hash(compilers)}"
     except BuildError:
         if path := _cached(folder, name):
             return path
@@ -120,7 +171,7 @@ def library() -> Path:
             if alone:
                 for left in folder.glob("build-*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
-            return _cached(folder, name) or _build(compiler, folder, name)
+            return _cached(folder, name) or _build(library, compilers, folder, name)
     except OSError as error:
         # Nothing can be written there. A folder of this process alone serves, though the next one compiles again.
         print(f"iio_kernels: {folder} cannot be used ({error.strerror or error}): set IIO_KERNELS_CACHE to a folder "
@@ -129,7 +180,7 @@ def library() -> Path:
         with ExitStack() as on_failure:
             private = Path(tempfile.mkdtemp(prefix=PRIVATE))
             on_failure.callback(shutil.rmtree, private, ignore_errors=True)
-            path = _build(compiler, private, name)
+            path = _build(library, compilers, private, name)
             on_failure.pop_all()
             return path
     except OSError as error:
@@ -161,73 +212,112 @@ def sources() -> Path:
 def find_compiler() -> list[str]:
     """The C++ compiler, with arguments if it has any: $CXX, or the first of c++, g++ and clang++."""
     if os.name == "nt":
-        raise BuildError("they are built on Linux and macOS only")
+        raise NoCompiler("they are built on Linux and macOS only")
     asked = os.environ.get("CXX")
     for command in ([asked], shlex.split(asked)) if asked else (["c++"], ["g++"], ["clang++"]):
         if path := shutil.which(command[0]):
             return [path, *command[1:]]
     if asked:
-        raise BuildError(f"CXX names {asked!r}, which is not a program that can be run")
+        raise NoCompiler(f"CXX names {asked!r}, which is not a program that can be run")
     how = "`xcode-select --install`" if sys.platform == "darwin" else "`apt install g++` or your system's like of it"
-    raise BuildError(f"there is no C++ compiler: install one with {how}, or name it in CXX")
+    raise NoCompiler(f"there is no C++ compiler: install one with {how}, or name it in CXX")
+
+
+def find_nvcc() -> list[str]:
+    """CUDA's compiler: in $CUDA_HOME, on the PATH, or where CUDA puts it."""
+    home = os.environ.get("CUDA_HOME")
+    for folders in (home and os.path.join(home, "bin"), os.environ.get("PATH"), "/usr/local/cuda/bin"):
+        if folders and (path := shutil.which("nvcc", path=folders)):
+            return [path]
+    raise NoCompiler("there is no nvcc: install the CUDA toolkit, or name its folder in CUDA_HOME")
 
 
 def compiler_version(compiler: list[str]) -> str:
-    """The first line of what the compiler says of itself."""
+    """The line that tells the version in what the compiler says of itself."""
     try:
         done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compiler {' '.join(compiler)} does not run: {one_line(str(error))}") from None
     if done.returncode != 0:
         raise BuildError(f"the compiler {' '.join(compiler)} does not run: {one_line(done.stderr)}")
-    return (done.stdout.splitlines() or [""])[0]
+    lines = done.stdout.splitlines() or [""]
+    return next((line for line in lines if "release" in line), lines[0])  # nvcc's own; elsewhere the first
 
 
-def compiler_hash(compiler: list[str]) -> str:
-    return hashlib.blake2b(repr((compiler, compiler_version(compiler))).encode(), digest_size=4).hexdigest()
+def compilers_hash(compilers: list[list[str]]) -> str:
+    parts = [(compiler, compiler_version(compiler)) for compiler in compilers]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
 
 
 def content_hash(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
-def fingerprint() -> str:
-    """A hash of all that the library depends on but the compiler."""
-    parts = [torch.__version__, platform.machine(), sys.platform, repr(INSTRUCTION_SETS), *FLAGS]
+def fingerprint(library: Library) -> str:
+    """A hash of all that a library depends on but the compilers."""
+    parts = [torch.__version__, platform.machine(), sys.platform, *FLAGS, *library.settings()]
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8)
     for path in sorted(sources().iterdir()):
-        if path.suffix in (".cpp", ".h"):
+        if path.suffix in library.suffixes:
             digest.update(repr((path.name, path.read_bytes())).encode())
     return digest.hexdigest()
 
 
 def commands(compiler: list[str], build: Path, flags: list[str] = FLAGS) -> tuple[list[list[str]], list[str]]:
-    """The commands that compile each file, and the one that links them to `build`/library.so.
+    """The commands that compile each file for CPUs, and the one that links them to `build`/library.so.
 
     A kernel file is compiled for each instruction set, the bindings to torch once.
     """
-    torch_folder = Path(torch.__file__).parent
     compile_all, objects = [], []
     for source in sorted(sources().glob("*.cpp")):
+        if source.stem.endswith("_cuda_bindings"):
+            continue
         if source.stem.endswith("_bindings"):
-            targets = {"": ["-isystem", str(torch_folder / "include")]}
+            targets = {"": TORCH_HEADERS}
         else:
             targets = {name: [f"-DIIO_ISA={name}", *flags_] for name, flags_ in INSTRUCTION_SETS.items()}
         for name, more in targets.items():
             objects.append(str(build / f"{source.stem}-{name}.o"))
             compile_all.append([*compiler, *flags, *more, "-c", str(source), "-o", objects[-1]])
-    libraries = ["-L" + str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
     shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    return compile_all, [*compiler, *flags, *shared, *objects, *libraries, "-o", str(build / "library.so")]
+    return compile_all, [*compiler, *flags, *shared, *objects, *TORCH_LIBRARIES, "-o", str(build / "library.so")]
 
 
-def _build(compiler: list[str], folder: Path, name: str) -> Path:
+def cuda_commands(compiler: list[str], nvcc: list[str], build: Path) -> tuple[list[list[str]], list[str]]:
+    """The commands that compile each file for GPUs, and the one that links them to `build`/library.so.
+
+    A kernel file is compiled for each type of its numbers, the bindings to torch once.
+    """
+    host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc takes no arguments for it
+    compile_all, objects = [], []
+    for source in sorted([*sources().glob("*.cu"), *sources().glob("*_cuda_bindings.cpp")]):
+        if source.suffix == ".cpp":
+            targets = {"": [*compiler, *FLAGS, *TORCH_HEADERS]}
+        else:
+            flags = [*nvcc, *host, *CUDA_FLAGS, *architectures()]
+            targets = {real: [*flags, f"-DIIO_REAL={real}"] for real in ("float", "double")}
+        for name, command in targets.items():
+            objects.append(str(build / f"{source.stem}-{name}.o"))
+            compile_all.append([*command, "-c", str(source), "-o", objects[-1]])
+    libraries = [*TORCH_LIBRARIES, "-ltorch_cuda"]
+    return compile_all, [*nvcc, *host, "-shared", *objects, *libraries, "-o", str(build / "library.so")]
+
+
+def architectures() -> list[str]:
+    """Flags of nvcc that ask for code for this machine's GPUs."""
+    capabilities = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    names = [f"{major}{minor}" for major, minor in sorted(capabilities)]
+    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+
+
+def _build(library: Library, compilers: list[list[str]], folder: Path, name: str) -> Path:
     """Compile, into `folder`: the library's path."""
     build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
-    print(f"iio_kernels: compiling the CPU kernels with {' '.join(compiler)}, once, in some 15 seconds, to {folder}",
+    used = " and ".join(" ".join(compiler) for compiler in compilers)
+    print(f"iio_kernels: compiling the {library.kernels} with {used}, once, in {library.time}, to {folder}",
           file=sys.stderr, flush=True)  # fmt: skip
     try:
-        compile_all, link = commands(compiler, build)
+        compile_all, link = library.commands(*compilers, build)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_call, compile_all))
         _call(link)
@@ -272,3 +362,25 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())[:300]
+
+
+CPU = Library(
+    name="cpu",
+    kernels="CPU kernels",
+    instead="plain PyTorch serves instead, several times slower",
+    time="some 15 seconds",
+    suffixes=(".cpp", ".h"),
+    settings=lambda: [repr(INSTRUCTION_SETS)],
+    compilers=lambda: [find_compiler()],
+    commands=commands,
+)
+CUDA = Library(
+    name="cuda",
+    kernels="CUDA kernels",
+    instead="Triton or plain PyTorch serves instead",
+    time="about a minute",
+    suffixes=(".cu", ".cpp", ".h"),
+    settings=lambda: [*CUDA_FLAGS, *architectures()],
+    compilers=lambda: [find_compiler(), find_nvcc()],
+    commands=cuda_commands,
+)

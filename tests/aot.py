@@ -30,15 +30,16 @@ class Architecture:
     shared: int  # bytes of shared memory
     shared_by_one: int  # the most that one thread block may have of it
     warps: int
+    blocks: int
 
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("sm_80", ("cuda", 80, 32), 65536, 164 << 10, 163 << 10, 64),
-        Architecture("sm_90", ("cuda", 90, 32), 65536, 228 << 10, 227 << 10, 64),
-        Architecture("sm_100", ("cuda", 100, 32), 65536, 228 << 10, 227 << 10, 64),
-        Architecture("gfx942", ("hip", "gfx942", 64), 4 * 512 * 64, 64 << 10, 64 << 10, 32),
+        Architecture("sm_80", ("cuda", 80, 32), 65536, 164 << 10, 163 << 10, 64, 32),
+        Architecture("sm_90", ("cuda", 90, 32), 65536, 228 << 10, 227 << 10, 64, 32),
+        Architecture("sm_100", ("cuda", 100, 32), 65536, 228 << 10, 227 << 10, 64, 32),
+        Architecture("gfx942", ("hip", "gfx942", 64), 4 * 512 * 64, 64 << 10, 64 << 10, 32, 32),
     )
 }
 
@@ -55,13 +56,14 @@ class Compiled:
     spilled: int  # bytes of local memory (NVIDIA) or registers (AMD) of a thread, because it has too few registers
     shared: int  # bytes of shared memory
     blocks: int  # thread blocks that a multiprocessor holds at a time
+    occupancy: float  # warps that it then holds, of those it could
     tensor_cores: tuple[str, ...]  # which of the instructions mma, wgmma, tcgen05 and mfma there are
 
     def __str__(self) -> str:
         return (
-            f"{self.architecture:7} {self.call:34} {self.kernel.strip('_'):16} {self.warps:2} warps "
+            f"{self.architecture:7} {self.call:42} {self.kernel.strip('_'):20} {self.warps:2} warps "
             f"{self.registers:3} registers {self.spilled:3} spilled {self.shared:6} B shared {self.blocks:2} blocks "
-            f"{' '.join(self.tensor_cores)}"
+            f"{self.occupancy:4.0%} {' '.join(self.tensor_cores)}"
         )
 
 
@@ -129,6 +131,12 @@ def _examine(call: str, kernel: Any, architecture: Architecture) -> Compiled:
         registers, spilled = (int(re.search(rf"\.{x}_count: +(\d+)", text)[1]) for x in ("vgpr", "vgpr_spill"))
         allocated = 8 * -(-registers // 8)
         instructions = {"mfma": r"\bv_mfma"}
+    blocks = min(
+        architecture.registers // (allocated * warps * threads),
+        architecture.shared // (shared + reserved) if shared + reserved else architecture.warps,
+        architecture.warps // warps,
+        architecture.blocks,
+    )
     return Compiled(
         call=call,
         kernel=kernel.metadata.name,
@@ -137,11 +145,8 @@ def _examine(call: str, kernel: Any, architecture: Architecture) -> Compiled:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        blocks=min(
-            architecture.registers // (allocated * warps * threads),
-            architecture.shared // (shared + reserved) if shared + reserved else architecture.warps,
-            architecture.warps // warps,
-        ),
+        blocks=blocks,
+        occupancy=blocks * warps / architecture.warps,
         tensor_cores=tuple(name for name, pattern in instructions.items() if re.search(pattern, text)),
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 # Before CUDA starts: deterministic algorithms, below, need it.
@@ -16,6 +18,8 @@ import torch
 # Before Triton starts: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import cuda_on_host
 
 from iio_kernels._backends import BACKENDS, Backend
 from iio_kernels.ops import composition, inpainting, slot_attention
@@ -44,6 +48,10 @@ for name in ("conditional_entropies", "inpaint"):
     function = getattr(inpainting.reference, name)
     setattr(sys.modules[f"{inpainting.__name__}.written_out"], f"{name}_backward", gradients(function))
 
+# The CUDA backend's kernels without a GPU: slow, so only where asked for. tests/test_cuda_on_host.py takes some cases.
+if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):
+    cuda_on_host.load(cuda_on_host.build(Path(tempfile.mkdtemp())))
+
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SERVING = [
     (backend, device)
@@ -53,7 +61,15 @@ SERVING = [
 ]
 
 
-@pytest.fixture(params=SERVING, ids="-".join)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests in test_<operation>.py are for the backends that have the operation."""
+    if "serving" in metafunc.fixturenames:
+        operation = metafunc.module.__name__.removeprefix("test_")
+        pairs = [pair for pair in SERVING if operation in BACKENDS[pair[0]].operations]
+        metafunc.parametrize("serving", pairs, ids="-".join, indirect=True)
+
+
+@pytest.fixture
 def serving(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
@@ -66,6 +82,12 @@ def backend(serving: tuple[str, str]) -> str:
 @pytest.fixture
 def device(serving: tuple[str, str]) -> str:
     return serving[1]
+
+
+@pytest.fixture
+def interpreted(serving: tuple[str, str]) -> bool:
+    """Whether Triton's interpreter runs the kernels, a tenth of a second for each launch: not for many of them."""
+    return serving == ("triton", "cpu")
 
 
 @pytest.fixture(params=DEVICES)

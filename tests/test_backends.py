@@ -32,7 +32,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backend]:
 def test_reference_is_always_there():
     assert iio_kernels.backends()["reference"] is None
     for device in ("cpu", "cuda", "meta", "mps"):
-        assert _backends.choose("reference", torch.device(device)) == "reference"
+        assert _backends.choose("inpainting", "reference", torch.device(device)) == "reference"
 
 
 def test_backends_names_them_all_with_the_reason_against(registry):
@@ -57,6 +57,8 @@ def test_every_backend_offers_every_operation(name, op):
         ),
         "slot_attention": ("forward", "backward"),
     }
+    if op not in BACKENDS[name].operations:
+        pytest.skip(f"{name} leaves {op} to others")
     assert all(callable(getattr(kernels, function)) for function in offered[op])
 
 
@@ -65,15 +67,15 @@ def test_auto_takes_the_first_that_serves(registry):
     registry["gpu"] = Backend(("cuda",), lambda: None)
     registry["first"] = Backend(("cpu",), lambda: None)
     registry["second"] = Backend(None, lambda: None)
-    assert _backends.choose("auto", CPU) == "first"
-    assert _backends.choose("auto", torch.device("cuda", 1)) == "gpu"
-    assert _backends.choose("auto", torch.device("meta")) == "second"
-    assert _backends.choose("second", CPU) == "second"
+    assert _backends.choose("inpainting", "auto", CPU) == "first"
+    assert _backends.choose("inpainting", "auto", torch.device("cuda", 1)) == "gpu"
+    assert _backends.choose("inpainting", "auto", torch.device("meta")) == "second"
+    assert _backends.choose("inpainting", "second", CPU) == "second"
 
 
 def test_auto_serves_every_device():
     for device in ("cpu", "cuda", "meta"):
-        assert _backends.choose("auto", torch.device(device)) in BACKENDS
+        assert _backends.choose("inpainting", "auto", torch.device(device)) in BACKENDS
 
 
 def test_a_named_backend_never_falls_back(registry):
@@ -82,20 +84,36 @@ def test_a_named_backend_never_falls_back(registry):
     registry["broken gpu"] = Backend(("cuda",), lambda: "it is broken")
     registry["good"] = Backend(None, lambda: None)
     with pytest.raises(RuntimeError, match="backend: 'broken' cannot be used: it is broken"):
-        _backends.choose("broken", CPU)
+        _backends.choose("inpainting", "broken", CPU)
     with pytest.raises(ValueError, match=r"backend: 'gpu' cannot be used: it serves cuda, xpu tensors.*cpu"):
-        _backends.choose("gpu", CPU)
+        _backends.choose("inpainting", "gpu", CPU)
     # The device is the caller's mistake, whether or not the backend would work elsewhere.
     with pytest.raises(ValueError, match="it serves cuda tensors"):
-        _backends.choose("broken gpu", CPU)
+        _backends.choose("inpainting", "broken gpu", CPU)
     with pytest.raises(RuntimeError, match="it is broken"):
-        _backends.choose("broken gpu", torch.device("cuda"))
+        _backends.choose("inpainting", "broken gpu", torch.device("cuda"))
+
+
+def test_a_backend_may_leave_an_operation_to_others(registry):
+    registry["first"] = Backend(("cuda",), lambda: None, operations=("inpainting",))
+    registry["second"] = Backend(("cuda",), lambda: None)
+    assert _backends.choose("inpainting", "auto", torch.device("cuda")) == "first"
+    assert _backends.choose("slot_attention", "auto", torch.device("cuda")) == "second"
+    says = "backend: 'first' has no kernels of slot_attention: expected one of 'auto', 'second'"
+    with pytest.raises(ValueError, match=says):
+        _backends.choose("slot_attention", "first", torch.device("cuda"))
+
+
+def test_cuda_leaves_slot_attention_to_triton():
+    q, k = torch.rand(1, 2, 4), torch.rand(1, 5, 4)
+    with pytest.raises(ValueError, match=r"'cuda' has no kernels of slot_attention: expected one of .*'triton'"):
+        slot_attention(q, k, k, backend="cuda")
 
 
 def test_an_unknown_backend_lists_the_known(registry):
     registry["one"] = registry["two"] = Backend(None, lambda: None)
     with pytest.raises(ValueError, match="backend: expected one of 'auto', 'one', 'two', got 'three'"):
-        _backends.choose("three", CPU)
+        _backends.choose("inpainting", "three", CPU)
 
 
 def test_public_functions_call_the_backend_they_were_told(monkeypatch):

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
-from aot import ARCHITECTURES, Compiled, compile_calls
+from launches import inpainting
+from test_triton import DEVICE, here
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iio_kernels import conditional_entropies, iio_loss, inpaint
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.inpainting.spec import Case
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-here = pytest.mark.skipif(
-    BACKENDS["triton"].refuses(torch.device(DEVICE)) is not None, reason="Triton can run no kernels here"
-)
 
 
 def results(function, tensors: tuple[Tensor, ...], backend: str = "triton", **options) -> tuple[Tensor, ...]:
@@ -103,48 +96,7 @@ def test_offsets_of_64_bits_change_nothing(function, monkeypatch):
     assert all(map(torch.equal, results(function, tensors, **options), expected))
 
 
-@pytest.mark.skipif(BACKENDS["triton"].missing() == "the package triton is not installed", reason="no Triton")
-def test_offsets_have_64_bits_where_32_are_too_few():
-    from iio_kernels.ops.inpainting.triton import index_type, tl
-
-    def on_meta(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    small, last = on_meta(4, 64), on_meta(2**31)
-    assert index_type(small) == index_type(small, last) == tl.int32
-    assert index_type(small, on_meta(2**31 + 1)) == tl.int64
-    assert index_type(on_meta(1, 2**20, 2**12)) == tl.int64
-    # What counts is how far elements lie apart, not how many there are.
-    assert index_type(small.expand(2**40, 4, 64)) == tl.int32
-    assert index_type(on_meta(2**16, 2**16)[:, :1]) == tl.int64
-    assert index_type(on_meta(0, 2**40), small) == tl.int32
-
-
 # --- launches and memory --------------------------------------------------------------------------------------------
-
-
-def train(B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype = torch.float32, **options) -> None:
-    """Launch the kernels of a loss and the gradient to its masks."""
-    call("iio_loss", B, K, C, H, W, dtype, False, True, **options)
-
-
-def call(
-    name: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool,
-    kernel_size: int = 11, repeats: int = 2,
-) -> None:  # fmt: skip
-    """Launch an operator's kernels, on tensors without memory."""
-    from iio_kernels.ops.inpainting import triton as kernels
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    gradients = {
-        "conditional_entropies_backward": (new(B, K, 2 ** (K - 1) - 1, dtype=arithmetic),),
-        "inpaint_backward": (new(B, K, C, H, W, dtype=arithmetic),),
-    }
-    inputs = *gradients.get(name, ()), new(B, C, H, W), new(B, K, H, W)
-    getattr(kernels, f"_{name}")(*inputs, 5.0, kernel_size, repeats, 1e-8, *needs)
 
 
 class Allocations(TorchDispatchMode):
@@ -173,7 +125,7 @@ def launches(monkeypatch) -> list[str]:
 
 @here
 def test_a_training_step_takes_four_launches(launches):
-    train(B=64, K=4, C=3, H=35, W=35)
+    inpainting("iio_loss", 64, 4, 3, 35, 35, torch.float32, False, True)
     assert launches == ["filter_planes", "subsets", "filter_planes", "masks_gradient"]
 
 
@@ -181,6 +133,6 @@ def test_a_training_step_takes_four_launches(launches):
 def test_memory_is_that_of_the_planes(launches):
     B, K, C, H, W = 64, 7, 3, 128, 128
     with Allocations() as allocated:
-        train(B, K, C, H, W)
+        inpainting("iio_loss", B, K, C, H, W, torch.float32, False, True)
     inputs, result = (4 * planes * B * H * W for planes in (K + C, K))
     assert allocated.bytes - inputs - result < 3 * inputs

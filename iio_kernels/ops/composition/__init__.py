@@ -66,7 +66,7 @@ def compose(decoded: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         (torch.Size([8, 3, 35, 35]), torch.Size([8, 4, 35, 35]))
     """
     _check(decoded)
-    name = _backends.choose(backend, decoded.device)
+    name = _backends.choose("composition", backend, decoded.device)
     reconstruction, masks, _ = _compose(decoded, None, True, True, name)
     return reconstruction, masks
 
@@ -123,7 +123,7 @@ def composition_error(
     _check(decoded, image)
     _checks.option("reduction", reduction, ("mean", "sum", "none"))
     _checks.flag("return_masks", return_masks)
-    name = _backends.choose(backend, _checks.same_device(image=image, decoded=decoded))
+    name = _backends.choose("composition", backend, _checks.same_device(image=image, decoded=decoded))
     _, masks, errors = _compose(decoded, image, False, return_masks, name)
     error = errors if reduction == "none" else errors.mean() if reduction == "mean" else errors.sum()
     return (error, masks) if return_masks else error

@@ -99,6 +99,7 @@ BENCHMARKS = {
         Case("CLEVR6, channels last", B=64, K=7, H=128, W=128, channels_last=True),
         Case("CLEVR6, bfloat16", B=64, K=7, H=128, W=128, channels_last=True, dtype=torch.bfloat16),
     ),
+    "toy": (Case("toy", B=2, H=7, W=9, channels_last=True),),
 }
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
+from iio_kernels._triton import inlined
 from iio_kernels.ops.composition import schema
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -22,7 +23,7 @@ from iio_kernels.ops.composition import schema
 # of images int64. Strides count elements; a tensor that is None is not asked for, or did not come.
 
 
-@triton.jit
+@inlined
 def _axes(blocks, INDEX: tl.constexpr, SLOTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """This program's image, and what its tile's axes count."""
     b, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -30,7 +31,7 @@ def _axes(blocks, INDEX: tl.constexpr, SLOTS: tl.constexpr, PIXELS: tl.constexpr
     return b.to(tl.int64), k.to(INDEX), p.to(INDEX), c.to(INDEX)
 
 
-@triton.jit
+@inlined
 def _decoded_at(b, k, p, c, N, K: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Where the tile's numbers lie in (B, K, C + 1, N), or with CHANNELS_LAST (B, K, N, C + 1); which there are."""
     inside = (k < K)[:, None, None] & (p < N)[None, :, None] & (c < C + 1)[None, None, :]
@@ -40,7 +41,7 @@ def _decoded_at(b, k, p, c, N, K: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: 
     return b * (K * (C + 1)) * N + ((k * (C + 1) + c) * N + p), inside
 
 
-@triton.jit
+@inlined
 def _softmax(rgba, k, c, K: tl.constexpr, C: tl.constexpr):
     """rgb (slots, pixels, channels), 0 where alpha was; a (slots, pixels), the softmax over slots of alpha."""
     is_alpha = (c == C)[None, None, :]

@@ -365,7 +365,7 @@ def _check(
         )
     _checks.integer("repeats", inpainter.repeats, at_least=1)
     _checks.number("eps", inpainter.eps, at_least=0)
-    name = _backends.choose(backend, _checks.same_device(image=image, masks=masks))
+    name = _backends.choose("inpainting", backend, _checks.same_device(image=image, masks=masks))
     limit = _backends.implementation("inpainting", name).MAX_MASKS
     if enumerates and limit < K:
         gibibytes, visits = ((C + 1) * B * H * W * 2.0 ** min(K - shift, 1000) for shift in (28, 0))

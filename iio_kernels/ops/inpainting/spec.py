@@ -138,8 +138,9 @@ BENCHMARKS = {
         Case("Tetrominoes", B=64, K=4, H=35, W=35),
         Case("Multi-dSprites", B=64, K=6, H=64, W=64),
         Case("seven masks", B=16, K=7, H=64, W=64),
-        Case("CLEVR6", B=16, K=7, H=128, W=128),
+        Case("CLEVR6", B=64, K=7, H=128, W=128),
     ),
+    "toy": (Case("toy", B=1, K=3, H=12, W=13),),
 }
 
 

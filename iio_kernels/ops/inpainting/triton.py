@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels._triton import INTERPRETED
+from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.inpainting import reference, schema
 from iio_kernels.ops.inpainting.reference import Inpainter
 
@@ -28,10 +28,6 @@ from iio_kernels.ops.inpainting.reference import Inpainter
 MAX_MASKS = 16
 
 NEGLIGIBLE = tl.constexpr(reference.NEGLIGIBLE)
-
-#: A function that kernels call. The interpreter runs Python as it is, and takes a millisecond to enter what is jitted.
-inlined = (lambda function: function) if INTERPRETED else triton.jit
-
 
 # ---- Tuples of tensors, known at compile time -----------------------------------------------------------------------
 
@@ -215,7 +211,7 @@ def filter_planes(
     PRODUCTS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, RADIUS: tl.constexpr, PASSES: tl.constexpr,
     PLANES: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """planes <- G x G^T + eps sum(x), with the matrix G of all passes along one axis, x being X_c m_i and m_i or planes.
+    """planes <- G x G^T + eps sum(x), the matrix G being all passes along one axis, and x X_c m_i and m_i, or planes.
 
     A program filters PLANES planes, each in place: first along columns, then along rows.
 
@@ -333,7 +329,7 @@ def subsets(
     K: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, LOW: tl.constexpr, GRADIENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """T, their dot products with g, and with GRADIENTS planes <- dn = - dr and dd, all times -1 / C (1 / C if weighted).
+    """T, dots <g, T>, and with GRADIENTS planes <- dn = - dr and dd, all times -1 / C (1 / C if weighted).
 
     A program takes BLOCK pixels of ROWS images through all subsets, CHANNELS channels at a time (all is linear in them;
     T and dd add up): a loop over the sets of masks LOW .. K - 1, whose residuals it reads anew each time, and below
@@ -391,9 +387,7 @@ def subsets(
             for i in tl.static_range(LOW, K):
                 member = ((upper >> (i - LOW)) & 1) == 1
                 w += tl.where(member, 0.0, g[i])
-            sums, e, gradients, T = walk(
-                node, w, upper << LOW, masks, g, gradients, T, weights, LOW, GRADIENTS
-            )
+            sums, e, gradients, T = walk(node, w, upper << LOW, masks, g, gradients, T, weights, LOW, GRADIENTS)
             for i in tl.static_range(LOW, K):
                 member = ((upper >> (i - LOW)) & 1) == 1
                 T = replaced(T, i, T[i] + tl.where(member, 0.0, e))
@@ -483,12 +477,12 @@ def entropies(
             m_m = copies(read_mask(m_m_ptr, inside, DTYPE), 4)
             dots = replaced(dots, m, plus(dots[m], times(m_m, e)))
     for m in tl.static_range(K):
-        inverse_norm = reciprocal_or_0(tl.load(totals_ptr + (b * K + m) * (C + 1) + C, b < B, 0.0))
+        norm = tl.load(totals_ptr + (b * K + m) * (C + 1) + C, b < B, 0.0)
         for low in tl.static_range(4):
             set = upper << 2 | low
             others = ((set >> (m + 1)) << m) | (set & ((1 << m) - 1))
-            entropy = tl.sum(dots[m][low], 1, keep_dims=True) * inverse_norm / C
-            entropy = tl.where(inverse_norm == 0, 0.0, entropy)
+            entropy = tl.sum(dots[m][low], 1, keep_dims=True) * reciprocal_or_0(norm) / C
+            entropy = tl.where(norm == 0, 0.0, entropy)
             row_ptr = entropies_ptr + (b * K + m) * ((1 << (K - 1)) - 1)
             tl.store(row_ptr + others - 1, entropy, (b < B) & (set != 0) & (((set >> m) & 1) == 0))
 
@@ -599,16 +593,7 @@ def image_gradient(
 
 #: The fewest and the most elements that a program takes at a time. Filter and subsets have a thread for each, which
 #: needs most of the registers that it can have; the others give each of 128 threads several loads to wait for at once.
-LINES, SETS, PIXELS = (128, 512), (128, 128), (1024, 1024)
-
-
-def index_type(*tensors: Tensor) -> tl.dtype:
-    """int32, or int64 where an element of a tensor lies 2^31 or more from its first."""
-    extents = (
-        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        for x in tensors
-    )
-    return tl.int64 if max(extents) >= 2**31 else tl.int32
+LINES, SETS, PIXELS = (64, 512), (128, 128), (1024, 1024)
 
 
 def _block(rows: int, length: int, least: int, most: int) -> tuple[int, int]:
@@ -671,19 +656,22 @@ class _Call:
                 self.image, self.masks, self.planes, self.totals[0 if products else 1],
                 self.image.stride(), self.masks.stride(), count, self.K, self.C, self.H, self.W, sigma, eps,
                 PRODUCTS=products and first == 0, FIRST=first == 0, LAST=first + passes == repeats,
-                RADIUS=taps // 2, PASSES=passes, PLANES=PLANES, LANES=LANES, STEP=8, threads=PLANES * LANES, **self.numbers,
+                RADIUS=taps // 2, PASSES=passes, PLANES=PLANES, LANES=LANES, STEP=8, threads=PLANES * LANES,
+                **self.numbers,
             )  # fmt: skip
 
     def subsets(self, weights: Tensor | None, dimage: Tensor | None, T: Tensor | None) -> Tensor:
-        """planes <- dn and dd unless neither gradient is wanted; T, and dimage but for its filtered part. Returns dots."""
+        """planes <- dn and dd if a gradient is wanted; T, and dimage but for its filtered part. Returns dots."""
         ROWS, BLOCK = _block(self.B, self.pixels, *SETS)
         parts = triton.cdiv(self.pixels, BLOCK)
         dots = self.empty(self.B, self.K, parts)
+        # The tree's gradients and T are to stay in registers: more masks, weights or AMD's compiler need more of them.
+        LOW = 4 if self.K <= 8 and weights is None and not torch.version.hip else 3
         _launch(
             subsets, triton.cdiv(self.B, ROWS) * parts,
             self.image, self.masks, self.planes, self.totals, weights, T, dimage, dots,
             self.image.stride(), self.masks.stride(), self.B, self.H, self.W,
-            K=self.K, C=self.C, CHANNELS=triton.cdiv(self.C, triton.cdiv(self.C, 3)), LOW=min(self.K, 4),
+            K=self.K, C=self.C, CHANNELS=triton.cdiv(self.C, triton.cdiv(self.C, 3)), LOW=min(self.K, LOW),
             GRADIENTS=dimage is not None or T is not None, ROWS=ROWS, BLOCK=BLOCK, **self.numbers,
         )  # fmt: skip
         return dots

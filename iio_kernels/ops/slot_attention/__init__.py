@@ -90,7 +90,8 @@ def slot_attention(
     slot_mask, input_mask = _check(q, k, v, joint_heads, slot_mask, input_mask)
     _checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
-    name = _backends.choose(backend, _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask))
+    device = _checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask)
+    name = _backends.choose("slot_attention", backend, device)
     values = None if v is k else v
     U, _, A = _attend(q, k, values, None, slot_mask, input_mask, options, return_attention, name)
     U = U.to(v.dtype)
@@ -167,7 +168,7 @@ def slot_attention_from_inputs(
     _checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     device = _checks.same_device(x=x, q=q, wk=wk, bk=bk, wv=wv, bv=bv, slot_mask=slot_mask, input_mask=input_mask)
-    name = _backends.choose(backend, device)
+    name = _backends.choose("slot_attention", backend, device)
     with without_autocast(device):
         dtype = arithmetic_dtype(x, q, wk, wv)
         queries = q.to(dtype)

@@ -140,7 +140,7 @@ BENCHMARKS = {
         Case("Multi-dSprites", batch=(64,), K=6, N=64**2, Dk=64, Dv=64),
         Case("CLEVR6", batch=(64,), K=7, N=128**2, Dk=64, Dv=64),
         Case("set prediction", batch=(512,), K=10, N=32**2, Dk=64, Dv=64),
-        Case("DINOSAUR", batch=(64,), K=7, N=14**2, Dk=256, Dv=256),
+        Case("DINOSAUR", batch=(64,), K=7, N=28**2, Dk=256, Dv=256),
         Case("SAVi", batch=(64,), K=24, N=64**2, Dk=192, Dv=192),
     ),
     "cuda, from inputs": (
@@ -148,6 +148,8 @@ BENCHMARKS = {
         Case("CLEVR6", batch=(64,), K=7, N=128**2, Dk=64, Dv=64),
         Case("DINOSAUR", batch=(64,), K=7, N=28**2, Dk=256, Dv=256),
     ),
+    "toy": (Case("toy", batch=(2,), N=45, Dk=16, Dv=16),),
+    "toy, from inputs": (Case("toy", batch=(2,), N=45, Dk=16, Dv=8),),
 }
 
 

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels._triton import INTERPRETED
+from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
 
@@ -78,39 +78,35 @@ class Meta(NamedTuple):
     INDEX: Any  # of offsets
 
 
-#: Decorates what kernels call. To enter a jitted function takes the interpreter a millisecond, a plain one nothing.
-piece = (lambda function: function) if INTERPRETED else triton.jit
-
-
 # --- pieces, for one head of one image ----------------------------------------------------------------------------
 
 
-@piece
+@inlined
 def _head(x, b, h):
     """x[b, h]."""
     return Matrix(x.ptr + (b * x.b + h * x.h), x.row, x.column)
 
 
-@piece
+@inlined
 def _at(x, row, column):
     """Pointers to x[row, column]."""
     return x.ptr + row * x.row + column * x.column
 
 
-@piece
+@inlined
 def _load(x, row, column, taken, D, m: Meta):
     """The tile x[row, column] to multiply, 0 in rows that are not `taken` and beyond D columns."""
     mask = taken[:, None] & (column < D)[None, :]
     return tl.load(_at(x, row[:, None], column[None, :]), mask, other=0.0).to(m.OPERAND)
 
 
-@piece
+@inlined
 def _dot(x, y, sum, m: Meta):
     """sum + x y."""
     return tl.dot(x.to(m.OPERAND), y, sum, input_precision=m.PRECISION, out_dtype=m.DTYPE)
 
 
-@piece
+@inlined
 def _scores(x, y, n, s, inputs, slots, D, m: Meta):
     """<x[n], y[s]> (n, s), over all D features."""
     scores = tl.zeros([m.BLOCK_N, m.K_PADDED], m.DTYPE)
@@ -120,7 +116,7 @@ def _scores(x, y, n, s, inputs, slots, D, m: Meta):
     return scores
 
 
-@piece
+@inlined
 def _mixtures(a, y, sum, s, d, slots, D, m: Meta):
     """sum + sum_s a[n, s] y[s, d] (n, d), over all slots."""
     y = _load(y, s, d, slots, D, m)
@@ -130,7 +126,7 @@ def _mixtures(a, y, sum, s, d, slots, D, m: Meta):
     return sum + tl.sum(tl.trans(a)[:, :, None] * y[:, None, :], 0)
 
 
-@piece
+@inlined
 def _taking_part(mask, i, size):
     """Which of the slots or inputs i exist and take part."""
     taken = i < size
@@ -139,7 +135,7 @@ def _taking_part(mask, i, size):
     return taken
 
 
-@piece
+@inlined
 def _logits(q, k, logit_bias, n, s, inputs, slots, scale, m: Meta):
     """L (n, s), minus infinity where an input or a slot takes no part."""
     L = tl.full((), scale, m.DTYPE) * _scores(k, q, n, s, inputs, slots, m.DK, m)
@@ -148,7 +144,7 @@ def _logits(q, k, logit_bias, n, s, inputs, slots, scale, m: Meta):
     return tl.where(inputs[:, None] & slots[None, :], L, float("-inf"))
 
 
-@piece
+@inlined
 def _softmax(L, normaliser, n, inputs, slots, m: Meta):
     """A (n, s), over the slots of this head, or of all heads where their `normaliser` is given."""
     if normaliser is None:
@@ -159,7 +155,7 @@ def _softmax(L, normaliser, n, inputs, slots, m: Meta):
     return tl.where(inputs[:, None] & slots[None, :], A, 0.0)
 
 
-@piece
+@inlined
 def _per_slot(U, S, dU, dS, s, NORMALIZE: tl.constexpr, m: Meta):
     """What the gradient needs of each slot: whether it has a U at all, 1 / S, and <dU, U> / S - dS, all (s,)."""
     filled = s < m.K
@@ -180,7 +176,7 @@ def _per_slot(U, S, dU, dS, s, NORMALIZE: tl.constexpr, m: Meta):
     return filled, share, mean
 
 
-@piece
+@inlined
 def _attention_gradient(v, dU, dA, n, s, inputs, slots, filled, share, mean, m: Meta):
     """The gradient to A (n, s): <dU[s], v[n] - U[s]> / S[s] + dS[s] and what arrives at A itself, 0 where A is."""
     live = inputs[:, None] & slots[None, :]
@@ -448,7 +444,7 @@ TILES = (
     ("tf32", "forward", 64, ANY, 32, 64, 128, 8, 2),
     ("tf32", "backward", 16, ANY, 32, 64, 128, 8, 2),
     ("tf32", "backward", 32, ANY, 32, 64, 64, 8, 2),
-    ("tf32", "backward", 64, ANY, 16, 16, 64, 8, 2),
+    ("tf32", "backward", 64, ANY, 16, 32, 64, 8, 2),
     # Correct rather than fast, and some spill: float64, and more slots than anyone has had.
     ("fp64", "forward", ANY, ANY, 16, 32, 32, 8, 2),
     ("fp64", "backward", ANY, ANY, 16, 16, 32, 8, 2),
@@ -494,12 +490,6 @@ def chunking(N: int, groups: int, K: int, BLOCK_N: int) -> tuple[int, int]:
     inputs = max(triton.cdiv(N * groups, 2048), min(32 * K, triton.cdiv(N * groups, 264)), 1)
     chunk = triton.cdiv(inputs, BLOCK_N) * BLOCK_N
     return chunk, max(1, triton.cdiv(N, chunk))
-
-
-def index_type(*tensors: Tensor) -> tl.dtype:
-    """The type of offsets: 64 bits where one into any of these tensors may not fit in 32."""
-    extents = (sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in tensors)
-    return tl.int64 if max(extents) >= 2**31 else tl.int32
 
 
 class Call:

@@ -1,0 +1,54 @@
+"""The CUDA backend on a CPU, for machines without a GPU: its kernels and bindings, compiled as they are for the host.
+
+`cuda_runtime.h` beside this file takes the place of CUDA's own, `torch.h` that of torch's functions for CUDA. The
+operators are then torch.ops.iio_kernels_on_host, and a backend "cuda_on_host" serves CPU tensors with them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from iio_kernels import _build
+from iio_kernels._backends import BACKENDS, Backend
+from iio_kernels.ops.inpainting import compiled
+
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-ffp-contract=off",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # fmt: skip
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """Compile the library, with more flags if wanted."""
+    compiler, csrc = [*_build.find_compiler(), *FLAGS, *flags], _build.sources()
+    kernels = [*compiler, "-I", str(HERE), "-x", "c++", "-c", str(csrc / "inpainting.cu")]
+    bindings = [*compiler, *_build.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
+    objects = [str(folder / f"{name}.o") for name in ("float", "double", "bindings")]
+    compile_all = [
+        [*kernels, "-DIIO_REAL=float", "-o", objects[0]],
+        [*kernels, "-DIIO_REAL=double", "-o", objects[1]],
+        [*bindings, str(csrc / "inpainting_cuda_bindings.cpp"), "-o", objects[2]],
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_build._call, compile_all))
+    path = folder / "cuda_on_host.so"
+    _build._call([*compiler, "-shared", *objects, *_build.TORCH_LIBRARIES, "-o", str(path)])
+    return path
+
+
+def load(path: Path) -> None:
+    """Define the operators, load their library, and register the backend."""
+    name = "iio_kernels.ops.inpainting.cuda_on_host"
+    module = sys.modules[name] = ModuleType(name)
+    source = Path(compiled.__file__).read_text()
+    for there, here in (('"iio_kernels"', '"iio_kernels_on_host"'), ("ops.iio_kernels\n", "ops.iio_kernels_on_host\n")):
+        assert there in source
+        source = source.replace(there, here)
+    exec(compile(source, compiled.__file__, "exec"), module.__dict__)
+    torch.ops.load_library(path)
+    BACKENDS["cuda_on_host"] = Backend(("cpu",), lambda: None, operations=("inpainting",))

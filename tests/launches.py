@@ -1,0 +1,146 @@
+"""The calls whose kernels tests compile for GPUs that are not here, and the table of what they take of one.
+
+    python tests/launches.py            # all of them for all architectures, a few minutes on two cores
+    python tests/launches.py "SAVi"     # those with this in their names
+
+All tensors are on the meta device: see aot.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from aot import ARCHITECTURES, compile_calls
+from torch import Tensor
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def new(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype == F64 else F32
+
+
+def slot_attention(
+    way: str, batch: int, K: int, N: int, D: int, dtype: torch.dtype, heads: int = 1, everything: bool = False,
+    values: bool = True,
+) -> None:  # fmt: skip
+    """With `everything`, with each of its options, heads joint."""
+    from iio_kernels.ops.slot_attention import triton as kernels
+
+    own, sums = (partial(new, batch, heads, dtype=x) for x in (dtype, arithmetic(dtype)))
+    options = sums(K), own(K).bool(), own(N).bool()
+    inputs = own(K, D), own(N, D), own(N, D) if values else None, *(options if everything else (None,) * 3)
+    arguments = D**-0.5, 1e-8, True, True, everything
+    if way == "forward":
+        kernels.slot_attention_forward(*inputs, *arguments, everything)
+    else:
+        dS, dA = (sums(K), own(K, N)) if everything else (None, None)
+        kernels.slot_attention_backward(sums(K, D), dS, dA, *inputs, sums(K, D), sums(K), *arguments)
+
+
+def composition(
+    way: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, channels_last: bool, everything: bool = False
+) -> None:
+    """The error, as in training; with `everything` all results and all gradients."""
+    from iio_kernels.ops.composition import triton as kernels
+
+    own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
+    decoded, image = own(B, K, C + 1, H, W), results(B, C, H, W)
+    if channels_last:
+        decoded = own(B, K, H, W, C + 1).permute(0, 1, 4, 2, 3)
+    if way == "forward":
+        kernels._composition_forward(decoded, image, everything, everything)
+    else:
+        incoming = (results(B, C, H, W), results(B, K, H, W)) if everything else (None, None)
+        kernels._composition_backward(*incoming, results(B), decoded, image, everything)
+
+
+def inpainting(
+    operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
+    repeats: int = 2,
+) -> None:  # fmt: skip
+    from iio_kernels.ops.inpainting import triton as kernels
+
+    own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
+    incoming = {
+        "conditional_entropies_backward": (B, K, 2 ** (K - 1) - 1),
+        "inpaint_backward": (B, K, C, H, W),
+    }
+    grad = (results(*incoming[operator]),) if operator in incoming else ()
+    getattr(kernels, f"_{operator}")(*grad, own(B, C, H, W), own(B, K, H, W), 5.0, kernel_size, repeats, 1e-8, *needs)
+
+
+#: Every row of the table of settings at least once, and the sizes in use.
+ATTENTION = {
+    "Tetrominoes": (64, 4, 1225, 64, F32),
+    "CLEVR6": (64, 7, 16384, 64, F32),
+    "set prediction": (512, 10, 1024, 64, F32),
+    "DINOSAUR float32": (64, 7, 784, 256, F32),
+    "SAVi": (64, 24, 4096, 192, F32),
+    "K64 D1024": (64, 64, 1024, 1024, F32),
+    "Tetrominoes bfloat16": (64, 4, 1225, 64, BF16),
+    "DINOSAUR": (64, 7, 784, 256, BF16),
+    "SAVi bfloat16": (64, 24, 4096, 192, BF16),
+    "K10 D1024 bfloat16": (64, 10, 1024, 1024, BF16),
+    "K64 D128 bfloat16": (64, 64, 1024, 128, BF16),
+    "DINOSAUR float16": (64, 7, 784, 256, F16),
+    "SAVi float16": (64, 24, 4096, 192, F16),
+    "K64 D128 float16": (64, 64, 1024, 128, F16),
+    "float64": (4, 7, 300, 64, F64),
+}
+WAYS = ("forward", "backward")
+CALLS: dict[str, Callable[[], None]] = {
+    f"attention, {name}, {way}": partial(slot_attention, way, *sizes, **options)
+    for name, sizes, options in (
+        *((name, sizes, {}) for name, sizes in ATTENTION.items()),
+        ("all options", (16, 7, 1024, 64, F32), {"heads": 4, "everything": True}),
+        ("all options bfloat16", (16, 24, 1024, 192, BF16), {"heads": 4, "everything": True}),
+        ("from inputs", (64, 4, 1225, 32, F32), {"values": False}),
+    )
+    for way in WAYS
+}
+CALLS |= {
+    f"composition, {name}, {way}": partial(composition, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (64, 4, 3, 35, 35, F32, True)),
+        ("Tetrominoes bfloat16", (64, 4, 3, 35, 35, BF16, True)),
+        ("CLEVR6 plain", (64, 7, 3, 128, 128, F32, False)),
+        ("all results", (64, 7, 3, 128, 128, F32, True, True)),
+        ("K24", (8, 24, 3, 64, 64, BF16, True)),
+        ("float64", (8, 4, 3, 35, 35, F64, False)),
+    )
+    for way in WAYS
+}
+CALLS |= {
+    f"inpainting, {name}": partial(inpainting, *arguments, **dict(zip(("kernel_size", "repeats"), taps)))
+    for name, arguments, *taps in (
+        ("Tetrominoes", ("iio_loss", 64, 4, 3, 35, 35, F32, False, True)),
+        ("Tetrominoes bfloat16", ("iio_loss", 64, 4, 3, 35, 35, BF16, True, True)),
+        ("CLEVR6", ("iio_loss", 64, 7, 3, 128, 128, F32, False, True)),
+        ("CLEVR6 both gradients", ("iio_loss", 64, 7, 3, 128, 128, F32, True, True)),
+        ("CLEVR6 loss alone", ("iio_loss", 64, 7, 3, 128, 128, F32, False, False)),
+        ("K11", ("iio_loss", 8, 11, 3, 64, 64, F32, False, True)),
+        ("K16", ("iio_loss", 1, 16, 3, 35, 35, F32, False, True)),
+        ("grey 512x512", ("iio_loss", 8, 2, 1, 512, 512, F32, False, True)),
+        ("33 taps", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 33, 1),
+        ("25 taps thrice", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 25, 3),
+        ("3 taps often", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 3, 22),
+        ("entropies", ("conditional_entropies", 64, 7, 3, 128, 128, F32)),
+        ("entropies backward", ("conditional_entropies_backward", 64, 7, 3, 128, 128, F32, True)),
+        ("predictions", ("inpaint", 64, 7, 3, 128, 128, F32)),
+        ("predictions backward", ("inpaint_backward", 64, 7, 3, 128, 128, F32)),
+        ("float64", ("iio_loss", 8, 4, 3, 35, 35, F64, True, True)),
+    )
+}
+
+if __name__ == "__main__":
+    asked = [name for name in CALLS if all(word in name for word in sys.argv[1:])]
+    for launch in compile_calls("launches", asked, list(ARCHITECTURES)):
+        print(launch)
