@@ -8,6 +8,8 @@ that, half of the time and most of its spread are the kernel's, zeroing pages, f
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +26,20 @@ if not torch.cuda.is_available():
 
     keep_freed_memory()
 
+BEGUN = time.monotonic()
+
 #: The machine's own speed, for the file of results.
 MEASURED: dict[str, float] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=math.inf, help="skip benchmarks that would begin later than this")
+
+
+@pytest.fixture(autouse=True)
+def _in_time(request: pytest.FixtureRequest) -> None:
+    if time.monotonic() - BEGUN > request.config.getoption("--seconds"):
+        pytest.skip("no time left")
 
 
 @pytest.fixture(params=["cuda"] if torch.cuda.is_available() else ["cpu"], scope="session")
@@ -35,14 +49,23 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def machine(device: str) -> dict[str, float]:
-    """What bounds every kernel here, measured: bytes copied and multiply-adds (as two operations) a second."""
-    source = torch.rand(64 << 20, device=device)
+    """What bounds every kernel here, measured: bytes copied and multiply-adds (as two operations) a second.
+
+    On a GPU those of bfloat16 as well, which tensor cores multiply.
+    """
+
+    def fastest(call: Callable[[], object]) -> float:
+        return min(seconds(call, device) for _ in range(5))
+
+    size, width = (256 << 20, 8192) if device == "cuda" else (64 << 20, 2048)
+    source = torch.rand(size, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.rand(2048, 2048, device=device) for _ in range(2))
-    copying, multiplying = (
-        min(seconds(call, device) for _ in range(5)) for call in (lambda: target.copy_(source), lambda: a @ b)
-    )
-    MEASURED.update(bytes_per_second=2 * source.nbytes / copying, operations_per_second=2 * 2048**3 / multiplying)
+    MEASURED["bytes_per_second"] = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    a, b = (torch.rand(width, width, device=device) for _ in range(2))
+    MEASURED["operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
+    if device == "cuda":
+        a, b = a.bfloat16(), b.bfloat16()
+        MEASURED["bfloat16_operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
     return MEASURED
 
 
@@ -144,6 +167,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": os.environ.get("IIO_KERNELS_COMMIT"),
     }
 
 

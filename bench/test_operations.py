@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from iio_kernels.ops.slot_attention.spec import BENCHMARKS as ATTENTION
 from tests import literal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: "toy" is for gpu.sh --dry-run: the kernels of a GPU, in Triton's interpreter.
+SIZES = os.environ.get("IIO_KERNELS_BENCH_SIZES", DEVICE)
+OURS = "triton" if SIZES == "toy" else "auto"
 each_direction = pytest.mark.parametrize("backward", [True, False], ids=["forward+backward", "forward"])
 each_contender = pytest.mark.parametrize("contender", ["eager", "torch.compile", "ours"])
 each_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32], ids=str
+    "dtype", [torch.float32] if SIZES == "cpu" else [torch.float32, torch.bfloat16], ids=str
 )
 named = {"ids": lambda case: case.name}
 
@@ -31,7 +35,8 @@ def floor(case, machine, dtype: torch.dtype, backward: bool) -> float:
     """Seconds for the least traffic at a copy's speed, or the operations at a matrix product's."""
     bytes_moved = case.bytes_moved(dtype, backward) + (case.bytes_moved(dtype) if backward else 0)
     operations = case.flops() + case.flops(backward=True) if backward else case.flops()
-    return max(bytes_moved / machine["bytes_per_second"], operations / machine["operations_per_second"])
+    rate = machine.get(f"{str(dtype).removeprefix('torch.')}_operations_per_second", machine["operations_per_second"])
+    return max(bytes_moved / machine["bytes_per_second"], operations / rate)
 
 
 def loss_floor(case, machine, backward: bool) -> float:
@@ -55,13 +60,13 @@ def einsums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("contender", ["einsums", "eager", "torch.compile", "ours"])
 @each_direction
 @each_dtype
-@pytest.mark.parametrize("case", ATTENTION[DEVICE], **named)
+@pytest.mark.parametrize("case", ATTENTION[SIZES], **named)
 def test_slot_attention(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
     """On inputs of their own, one call after the other, where a cache could hold them."""
     call = {
         "einsums": einsums,
         "eager": lambda *x: slot_attention(*x, backend="reference", **case.options),
-        "ours": lambda *x: slot_attention(*x, **case.options),
+        "ours": lambda *x: slot_attention(*x, **case.options, backend=OURS),
     }
     call["torch.compile"] = compiled(call["eager"])
 
@@ -87,12 +92,12 @@ def test_slot_attention(race, device, machine, sets_of_inputs, case, dtype, back
 @each_contender
 @each_direction
 @each_dtype
-@pytest.mark.parametrize("case", ATTENTION[f"{DEVICE}, from inputs"], **named)
+@pytest.mark.parametrize("case", ATTENTION[f"{SIZES}, from inputs"], **named)
 def test_slot_attention_from_inputs(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
     """Against projecting x to keys and values, then eager attention. Dv stands for the width of x."""
     call = {
         "eager": lambda x, q, wk, wv: slot_attention(q, x @ wk.mT, x @ wv.mT, backend="reference", **case.options),
-        "ours": lambda x, q, wk, wv: slot_attention_from_inputs(x, q, wk, None, wv, None, **case.options),
+        "ours": lambda x, q, wk, wv: slot_attention_from_inputs(x, q, wk, None, wv, None, **case.options, backend=OURS),
     }
     call["torch.compile"] = compiled(call["eager"])
 
@@ -127,16 +132,19 @@ def test_slot_attention_from_inputs(race, device, machine, sets_of_inputs, case,
     )
 
 
-@pytest.mark.parametrize("contender", ["literal", "eager", "torch.compile", "ours"])
+@pytest.mark.parametrize(
+    "contender", ["literal", "eager", "torch.compile", "ours", *(["ours, cuda"] if DEVICE == "cuda" else [])]
+)
 @each_direction
-@pytest.mark.parametrize("case", IIO[DEVICE], **named)
+@pytest.mark.parametrize("case", IIO[SIZES], **named)
 def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contender):
-    if contender != "ours" and case.K > 7:
+    if not contender.startswith("ours") and case.K > 7:
         pytest.skip("at this size only ours is practical")
     call = {
         "literal": lambda image, masks: literal.iio_loss(image, masks).mean(),
         "eager": lambda image, masks: iio_loss(image, masks, backend="reference", **case.options),
-        "ours": lambda image, masks: iio_loss(image, masks, **case.options),
+        "ours": lambda image, masks: iio_loss(image, masks, **case.options, backend=OURS),
+        "ours, cuda": lambda image, masks: iio_loss(image, masks, **case.options, backend="cuda"),
     }
     call["torch.compile"] = compiled(call["eager"])
 
@@ -163,12 +171,12 @@ def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contend
 
 @each_contender
 @each_direction
-@pytest.mark.parametrize("case", COMPOSITION[DEVICE], **named)
+@pytest.mark.parametrize("case", COMPOSITION[SIZES], **named)
 def test_composition(race, device, machine, sets_of_inputs, case, backward, contender):
     """The error, as in training; decoded stored as decoders leave it."""
     call = {
         "eager": lambda image, decoded: composition_error(image, decoded, backend="reference"),
-        "ours": composition_error,
+        "ours": lambda image, decoded: composition_error(image, decoded, backend=OURS),
     }
     call["torch.compile"] = compiled(call["eager"])
 

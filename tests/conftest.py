@@ -63,7 +63,8 @@ SERVING = [
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The tests in test_<operation>.py are for the backends that have the operation."""
-    if "serving" in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "serving" in metafunc.fixturenames and "serving" not in own:
         operation = metafunc.module.__name__.removeprefix("test_")
         pairs = [pair for pair in SERVING if operation in BACKENDS[pair[0]].operations]
         metafunc.parametrize("serving", pairs, ids="-".join, indirect=True)

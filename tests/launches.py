@@ -119,8 +119,8 @@ CALLS |= {
     for way in WAYS
 }
 CALLS |= {
-    f"inpainting, {name}": partial(inpainting, *arguments, **dict(zip(("kernel_size", "repeats"), taps)))
-    for name, arguments, *taps in (
+    f"inpainting, {name}": partial(inpainting, *arguments, **dict(*options))
+    for name, arguments, *options in (
         ("Tetrominoes", ("iio_loss", 64, 4, 3, 35, 35, F32, False, True)),
         ("Tetrominoes bfloat16", ("iio_loss", 64, 4, 3, 35, 35, BF16, True, True)),
         ("CLEVR6", ("iio_loss", 64, 7, 3, 128, 128, F32, False, True)),
@@ -129,9 +129,9 @@ CALLS |= {
         ("K11", ("iio_loss", 8, 11, 3, 64, 64, F32, False, True)),
         ("K16", ("iio_loss", 1, 16, 3, 35, 35, F32, False, True)),
         ("grey 512x512", ("iio_loss", 8, 2, 1, 512, 512, F32, False, True)),
-        ("33 taps", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 33, 1),
-        ("25 taps thrice", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 25, 3),
-        ("3 taps often", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), 3, 22),
+        ("33 taps", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 33, "repeats": 1}),
+        ("25 taps thrice", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 25, "repeats": 3}),
+        ("3 taps often", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 3, "repeats": 22}),
         ("entropies", ("conditional_entropies", 64, 7, 3, 128, 128, F32)),
         ("entropies backward", ("conditional_entropies_backward", 64, 7, 3, 128, 128, F32, True)),
         ("predictions", ("inpaint", 64, 7, 3, 128, 128, F32)),

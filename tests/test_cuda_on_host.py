@@ -24,6 +24,7 @@ try:
 except _build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("cuda on host")  # with its fixtures, in one process
 F32, F64 = torch.float32, torch.float64
 
 #: What the sizes in spec.CASES leave out: several tiles either way, filters that fill shared memory or do not fit into
@@ -113,7 +114,7 @@ def test_every_number_of_masks_has_its_kernels(K, C, dtype):
     (image, masks), _ = case.make(dtype)
     loss, leaves = function_of(case, "loss", "cuda_on_host"), [x.requires_grad_() for x in (image, masks)]
     terms = function_of(case, "entropies", "cuda_on_host")(*leaves)
-    tolerance = 1e-12 if dtype == F64 else 1e-5
+    tolerance = 1e-12 if dtype == F64 else 1e-4
 
     def assert_like(x, y):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * y.abs().max().item())

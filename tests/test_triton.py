@@ -12,6 +12,7 @@ from iio_kernels import _triton, slot_attention
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.slot_attention.spec import Case
 
+pytestmark = pytest.mark.xdist_group("triton")  # with its fixtures, in one process
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 here = pytest.mark.skipif(
     BACKENDS["triton"].refuses(torch.device(DEVICE)) is not None, reason="Triton can run no kernels here"

@@ -36,7 +36,7 @@ def assert_all_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], rela
 
 
 @here
-@pytest.mark.parametrize("K", [11, 16])
+@pytest.mark.parametrize("K", [11, 16 if DEVICE == "cuda" else 13])
 def test_many_masks(K):
     """Against a sum over subsets in another order."""
     (image, masks), options = Case("many", B=1, C=1, K=K, H=3, W=2, options={"kernel_size": 1}).make(torch.float32)
@@ -65,7 +65,7 @@ def test_images_larger_than_a_block(function, as_on_a_gpu):
 
 
 @here
-@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("size", [(1, 2), (3, 5)])
 def test_images_smaller_than_a_block(size, as_on_a_gpu):
     tensors, options = Case("small", B=3, H=size[0], W=size[1], options={"kernel_size": 1, "eps": 1e-2}).make(
         torch.float64, DEVICE

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# All that there is to learn from a GPU, the cheapest proof first, within ten minutes:
+#
+#     bench/gpu.sh [FOLDER] [PART...]            on the first CUDA device; FOLDER is bench/results/gpu unless given
+#     bench/gpu.sh --dry-run [FOLDER] [PART...]  the same at toy sizes in Triton's interpreter: does the script work?
+#
+# Parts, all of them unless some are named: machine build accuracy tests memcheck racecheck repeats benchmarks
+# launch_settings. Each has a time limit and leaves its results in FOLDER before the next begins; none begins after the
+# ten minutes. Whatever became of them, FOLDER/summary.json says what ran, for how long, and how it ended. Exit status 0:
+# every part ended well.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+dry=
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  export TRITON_INTERPRET=1 IIO_KERNELS_BENCH_SIZES=toy
+  shift
+fi
+out=$(mkdir -p "${1:-bench/results/gpu}" && cd "${1:-bench/results/gpu}" && pwd)
+shift
+parts=" ${*:-machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings} "
+export IIO_KERNELS_COMMIT=${IIO_KERNELS_COMMIT:-$(git rev-parse HEAD 2> /dev/null)}
+export PYTHONUNBUFFERED=1
+deadline=$((SECONDS + ${IIO_KERNELS_GPU_SECONDS:-580}))
+failed=0
+: > "$out/parts.jsonl"
+: > "$out/log.txt"
+
+# part NAME SECONDS COMMAND...
+part() {
+  local name=$1 limit=$2 begun=$SECONDS status=0 log
+  shift 2
+  [[ $parts == *" $name "* ]] || return 0
+  if ((limit > deadline - SECONDS)); then limit=$((deadline - SECONDS)); fi
+  if ((limit < 5)); then
+    status=124 limit=0
+  else
+    log=$(mktemp)
+    LIMIT=$limit timeout --signal=INT --kill-after=10 "$limit" "$@" > "$log" 2>&1 || status=$?
+    { echo "=== $name"; cat "$log"; } >> "$out/log.txt"
+    tail -n "${LINES_SHOWN:-12}" "$log"
+    rm -f "$log"
+  fi
+  printf '{"part": "%s", "status": %d, "seconds": %d, "limit": %d}\n' \
+    "$name" $status $((SECONDS - begun)) "$limit" >> "$out/parts.jsonl"
+  echo "--- $name: status $status, $((SECONDS - begun)) s of $limit"
+  [ $status = 0 ] || failed=1
+}
+
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+if [ $dry ]; then
+  tests=(-k "triton-cpu and plain and not compile and not any_shape and not gradcheck")
+else
+  # Not those of any shape, each of which is a kernel to compile.
+  tests=(-n 14 -k "(triton-cuda or cuda-cuda or test_gpu) and not any_shape")
+fi
+
+part machine 60 python3 -m bench.gpu machine "$out"
+part build 150 python3 -m iio_kernels
+part accuracy 120 python3 -m bench.gpu accuracy "$out"
+part tests 200 python3 -m pytest -q -p no:cacheprovider "${tests[@]}" --junitxml="$out/tests.xml" \
+  tests/test_gpu.py tests/test_composition.py tests/test_inpainting.py tests/test_slot_attention.py
+if [ $dry ]; then
+  part memcheck 60 python3 -m bench.gpu sanitize "$out"
+else
+  part memcheck 60 "$sanitizer" --tool memcheck --error-exitcode 9 python3 -m bench.gpu sanitize "$out"
+  part racecheck 60 "$sanitizer" --tool racecheck --error-exitcode 9 python3 -m bench.gpu sanitize "$out"
+fi
+part repeats 40 python3 -m bench.gpu repeats "$out"
+LINES_SHOWN=150 part benchmarks 240 python3 -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
+  --seconds=210 --benchmark-json="$out/benchmarks.json"
+part launch_settings 90 python3 -m bench.gpu launch_settings "$out"
+python3 -m bench.gpu summary "$out"
+exit $failed

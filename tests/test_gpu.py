@@ -1,0 +1,169 @@
+"""What only a GPU can show: graphs, streams, several devices, calls that do not wait, sizes beyond 2^31."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from iio_kernels import composition_error, conditional_entropies, iio_loss, inpaint, slot_attention
+from iio_kernels._backends import BACKENDS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+Tensors = tuple[Tensor, ...]
+
+
+def attention_inputs(random: torch.Generator) -> Tensors:
+    return tuple(torch.randn(4, n, 32, generator=random, device=random.device) for n in (5, 300, 300))
+
+
+def inpainting_inputs(random: torch.Generator) -> Tensors:
+    image = torch.rand(3, 3, 21, 19, generator=random, device=random.device)
+    return image, torch.randn(3, 4, 21, 19, generator=random, device=random.device).softmax(1)
+
+
+def composition_inputs(random: torch.Generator) -> Tensors:
+    image = torch.rand(3, 3, 21, 19, generator=random, device=random.device)
+    return image, torch.randn(3, 4, 4, 21, 19, generator=random, device=random.device)
+
+
+FUNCTIONS = {
+    slot_attention: ("slot_attention", attention_inputs),
+    iio_loss: ("inpainting", inpainting_inputs),
+    conditional_entropies: ("inpainting", inpainting_inputs),
+    inpaint: ("inpainting", inpainting_inputs),
+    composition_error: ("composition", composition_inputs),
+}
+CALLS = [
+    pytest.param(function, backend, new, id=f"{function.__name__}-{backend}")
+    for function, (operation, new) in FUNCTIONS.items()
+    for backend in ("triton", "cuda")
+    if operation in BACKENDS[backend].operations
+    and torch.cuda.is_available()
+    and BACKENDS[backend].refuses(torch.device("cuda")) is None
+]
+each_call = pytest.mark.parametrize(("function", "backend", "new"), CALLS)
+
+
+def inputs(new: Callable[[torch.Generator], Tensors], seed: int, device: str = "cuda") -> Tensors:
+    return tuple(x.requires_grad_() for x in new(torch.Generator(device).manual_seed(seed)))
+
+
+def run(function: Callable[..., Tensor], backend: str, leaves: Tensors) -> Tensors:
+    """The result, and the gradients of its sum of squares."""
+    y = function(*leaves, backend=backend)
+    return y.detach(), *torch.autograd.grad(y, leaves, 2 * y.detach())
+
+
+@each_call
+def test_a_graph_replays_on_new_inputs(function, backend, new):
+    leaves, others = inputs(new, 0), inputs(new, 1)
+    expected = run(function, backend, others)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(function, backend, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(function, backend, leaves)
+    with torch.no_grad():
+        for x, y in zip(leaves, others, strict=True):
+            x.copy_(y)
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, results, expected))
+
+
+@each_call
+def test_kernels_queue_on_the_current_stream(function, backend, new):
+    leaves, others = inputs(new, 0), inputs(new, 1)
+    expected = run(function, backend, others)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second, in which other streams would overtake
+        with torch.no_grad():
+            for x, y in zip(leaves, others, strict=True):
+                x.copy_(y)
+        results = run(function, backend, leaves)
+    stream.synchronize()
+    assert all(map(torch.equal, results, expected))
+
+
+@each_call
+def test_no_call_waits_for_the_device(function, backend, new):
+    leaves = inputs(new, 0)
+    run(function, backend, leaves)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(function, backend, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+@each_call
+def test_on_another_device_than_the_current_one(function, backend, new):
+    expected = run(function, backend, inputs(new, 0))
+    got = run(function, backend, tuple(x.detach().to("cuda:1").requires_grad_() for x in inputs(new, 0)))
+    assert all(x.device.index == 1 for x in got)
+    assert all(torch.equal(x, y.to("cuda:1")) for x, y in zip(got, expected, strict=True))
+
+
+@each_call
+def test_repeats_are_bitwise_equal(function, backend, new):
+    leaves = inputs(new, 0)
+    first = run(function, backend, leaves)
+    for _ in range(100):
+        assert all(map(torch.equal, run(function, backend, leaves), first))
+
+
+def test_auto_takes_kernels():
+    assert len(CALLS) >= len(FUNCTIONS)
+    for function, (_, new) in FUNCTIONS.items():
+        leaves = inputs(new, 0)
+        assert all(map(torch.equal, run(function, "auto", leaves), run(function, "triton", leaves)))
+
+
+def test_more_than_two_to_the_31_elements():
+    """All but the first and last inputs masked: as if there were no others."""
+    N, D, ends = 2**25 + 5, 64, 100
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("24 GiB of memory are not free")
+    random = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(1, 4, D, generator=random, device="cuda").bfloat16().requires_grad_()
+    k = torch.zeros(1, N, D, device="cuda", dtype=torch.bfloat16)
+    taken = torch.zeros(1, N, device="cuda", dtype=torch.bool)
+    for rows in (slice(0, ends), slice(N - ends, N)):
+        k[:, rows] = torch.randn(1, ends, D, generator=random, device="cuda").bfloat16()
+        taken[:, rows] = True
+    few = k[taken].unsqueeze(0)
+    for x in (k, few):
+        x.requires_grad_()
+    U = slot_attention(q, k, k, input_mask=taken, backend="triton")
+    expected = slot_attention(q, few, few, backend="triton")
+    torch.testing.assert_close(U, expected)
+    got, wanted = (torch.autograd.grad(y, (q, x), torch.ones_like(y)) for y, x in ((U, k), (expected, few)))
+    torch.testing.assert_close(got[0], wanted[0])
+    torch.testing.assert_close(got[1][taken].unsqueeze(0), wanted[1])
+    assert not got[1][~taken].any()
+
+
+def test_memory_of_the_loss_is_that_of_a_few_inputs():
+    """Seven masks of 128 x 128: loss and gradient take less than three times image and masks."""
+    B, K, C, H, W = 64, 7, 3, 128, 128
+    image = torch.rand(B, C, H, W, device="cuda")
+    masks = torch.rand(B, K, H, W, device="cuda").softmax(1).requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = iio_loss(image, masks)
+    (gradient,) = torch.autograd.grad(loss, masks)
+    taken = torch.cuda.max_memory_allocated() - before - gradient.nbytes
+    assert taken < 3 * (image.nbytes + masks.nbytes)

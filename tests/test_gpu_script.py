@@ -1,0 +1,45 @@
+"""bench/gpu.sh, at toy sizes in Triton's interpreter: no minute of a GPU is to be lost to a typo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.xdist_group("gpu script"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on"),
+]
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+
+
+def test_dry_run(tmp_path):
+    pytest.importorskip("triton")
+    done = subprocess.run(["bash", SCRIPT, "--dry-run", tmp_path / "out"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    parts = "accuracy", "benchmarks", "launch_settings", "machine", "repeats", "sanitize", "summary"
+    assert sorted(results) == sorted(parts)
+    assert results["machine"]["torch"] == torch.__version__
+    assert all(worst <= 1 for worst in results["accuracy"].values())
+    assert {"slot_attention, triton", "inpainting, triton", "composition, triton"} == set(results["repeats"])
+    assert not any(result["differed"] for result in results["repeats"].values())
+    names = {benchmark["name"] for benchmark in results["benchmarks"]["benchmarks"]}
+    assert names == {"literal", "einsums", "eager", "torch.compile", "ours"}
+    assert all(isinstance(x, float) for times in results["launch_settings"].values() for x in times.values())
+    assert results["summary"]["tests"]["failures"] == results["summary"]["tests"]["errors"] == 0
+    assert results["summary"]["tests"]["tests"] > 10
+    assert (tmp_path / "out" / "log.txt").stat().st_size > 1000
+
+
+def test_parts_that_fail_or_have_no_time_left_are_told(tmp_path):
+    environment = os.environ | {"IIO_KERNELS_GPU_SECONDS": "4"}
+    command = ["bash", SCRIPT, "--dry-run", tmp_path / "out", "machine", "repeats"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 1
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
+    assert [(part["part"], part["status"]) for part in parts] == [("machine", 124), ("repeats", 124)]
