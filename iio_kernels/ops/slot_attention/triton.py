@@ -419,10 +419,10 @@ ANY = 1 << 30
 #: For each way to multiply and pass the first row serves whose K_PADDED and D are not exceeded. Small products have
 #: tiles of 32 inputs, which leave registers for three or four thread blocks on a multiprocessor: one's loads hide
 #: behind another's work. Wide ones keep the sums of K_PADDED by WIDTH in registers: one pass while that is at most
-#: 8192 numbers, 4096 or fewer where a program makes three gradients at a time. Beyond WIDTH features the others are
-#: other programs', which compute A again. BLOCK_D bounds how much of a row the general units hold at a time. No row
-#: spills registers, nor takes more than the 64 KiB of shared memory that the smallest architecture has;
-#: tests/test_triton.py compiles them all.
+#: 8192 numbers, but without tensor cores 2048 or fewer where a program makes three gradients at a time. Beyond WIDTH
+#: features the others are other programs', which compute A again. BLOCK_D bounds how much of a row the general units
+#: hold at a time. No row spills registers, nor takes more than the 64 KiB of shared memory that the smallest architecture
+#: has; tests/test_triton.py compiles them all.
 TILES = (
     # multiply, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
     ("fma", "forward", 16, 64, 32, 64, 64, 4, 2),
@@ -438,12 +438,12 @@ TILES = (
     ("bf16", "backward", 16, 64, 64, 64, 64, 4, 2),
     ("bf16", "backward", 16, 256, 32, 256, 256, 8, 2),
     ("bf16", "backward", 16, ANY, 32, 64, 128, 8, 2),
-    ("bf16", "backward", 32, ANY, 32, 64, 64, 8, 2),
+    ("bf16", "backward", 32, ANY, 16, 128, 256, 8, 1),
     ("bf16", "backward", 64, ANY, 64, 64, 128, 8, 2),
     ("tf32", "forward", 32, ANY, 32, 64, 256, 8, 2),
     ("tf32", "forward", 64, ANY, 32, 64, 128, 8, 2),
-    ("tf32", "backward", 16, ANY, 32, 64, 128, 8, 2),
-    ("tf32", "backward", 32, ANY, 32, 64, 64, 8, 2),
+    ("tf32", "backward", 16, ANY, 32, 64, 256, 8, 2),
+    ("tf32", "backward", 32, ANY, 16, 64, 256, 8, 1),
     ("tf32", "backward", 64, ANY, 16, 32, 64, 8, 2),
     # Correct rather than fast, and some spill: float64, and more slots than anyone has had.
     ("fp64", "forward", ANY, ANY, 16, 32, 32, 8, 2),
