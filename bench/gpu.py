@@ -29,6 +29,7 @@ import triton
 from torch import Tensor
 
 import iio_kernels
+import iio_kernels.__main__
 from iio_kernels import composition_error, iio_loss, slot_attention
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.composition import spec as composition_spec
@@ -113,6 +114,17 @@ def machine() -> dict[str, Any]:
         facts[f"{name}_operations_per_second"] = 2 * width**3 / seconds
     torch.backends.cuda.matmul.allow_tf32 = False
     return facts
+
+
+# --- build ----------------------------------------------------------------------------------------------------------
+
+
+def build() -> dict[str, Any]:
+    """The backends, after building what is built; on a GPU all are to be there."""
+    print(iio_kernels.__main__.report())
+    reasons = iio_kernels.backends()
+    wanted = ("cpu", "triton", "cuda") if DEVICE == "cuda" else ("cpu", "triton")
+    return {"backends": reasons, "seconds": time.monotonic() - BEGUN, "failed": any(reasons[name] for name in wanted)}
 
 
 # --- calls of every operation ----------------------------------------------------------------------------------------

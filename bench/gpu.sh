@@ -57,7 +57,7 @@ else
 fi
 
 part machine 60 python3 -m bench.gpu machine "$out"
-part build 150 python3 -m iio_kernels
+part build 150 python3 -m bench.gpu build "$out"
 part accuracy 120 python3 -m bench.gpu accuracy "$out"
 part tests 200 python3 -m pytest -q -p no:cacheprovider "${tests[@]}" --junitxml="$out/tests.xml" \
   tests/test_gpu.py tests/test_composition.py tests/test_inpainting.py tests/test_slot_attention.py

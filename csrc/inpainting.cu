@@ -119,7 +119,7 @@ struct Work {
       const Tiling tiling(H, W, radius, repeats, most);
       if (tile_shared(tiling) * int64_t(sizeof(T)) <= kMostShared) return tiling;
     }
-    return Tiling(H, W, radius, 0, 64);
+    return Tiling(H, W, radius, 0, 32);  // 64 by 64 and their surroundings do not fit in double
   }
 
   double add_taps() const {
@@ -699,15 +699,18 @@ __global__ void __launch_bounds__(kTileThreads, 2) finish(const __grid_constant_
 struct Queue {
   const cudaStream_t stream;
   cudaError_t error = cudaSuccess;
+  const char* refused = nullptr;
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
               const Arguments&... arguments) {
-    if (error == cudaSuccess && (blocks > INT_MAX || shared > kMostShared)) error = cudaErrorInvalidConfiguration;
-    if (error == cudaSuccess && shared > 48 << 10) {  // more has to be asked for
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (blocks > INT_MAX) refused = "more than 2^31 blocks: divide the batch";
+    if (shared > kMostShared) refused = "so many channels and masks do not fit into shared memory: Triton takes them";
+    if (refused || error != cudaSuccess) return;
+    if (shared > 48 << 10) {  // has to be asked for; all that it may be, as other threads launch the same kernel
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+      if (error != cudaSuccess) return;
     }
-    if (error != cudaSuccess) return;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
@@ -802,6 +805,7 @@ const char* run(const Inpainting<T>& args, int64_t B, Stage stage, T* scratch, v
     queue_passes(work, queue);
     queue.launch(five ? finish<5, T> : finish<0, T>, blocks, kTileThreads, shared, work);
   }
+  if (queue.refused) return queue.refused;
   if (queue.error == cudaSuccess) return nullptr;
   cudaGetLastError();  // told here, it shall not be found elsewhere
   return cudaGetErrorString(queue.error);

@@ -21,7 +21,8 @@ struct Cuda {
     const int32_t device = call.image.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                    "iio_kernels: torch tells no CUDA stream");
     const Tensor scratch = call.empty({cuda::kernels<T>().scratch(call.args, call.B)});
     const char* const error = cuda::kernels<T>().run(call.args, call.B, stage, call.data(scratch), stream);
     STD_TORCH_CHECK(error == nullptr, "iio_kernels: a CUDA kernel could not be launched: ", error);

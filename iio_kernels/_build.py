@@ -60,7 +60,7 @@ class BuildError(Exception):
 
 
 class NoCompiler(BuildError):
-    """There is nothing to build them with."""
+    """There is nothing to build them with, or nothing to build them for."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,12 @@ def cuda_commands(compiler: list[str], nvcc: list[str], build: Path) -> tuple[li
 
 def architectures() -> list[str]:
     """Flags of nvcc that ask for code for this machine's GPUs."""
-    capabilities = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    try:
+        capabilities = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    except RuntimeError as error:
+        raise BuildError(f"CUDA does not start: {one_line(str(error))}") from None
+    if min(capabilities) < (8, 0):
+        raise NoCompiler("they need GPUs of compute capability 8.0 or more")
     names = [f"{major}{minor}" for major, minor in sorted(capabilities)]
     return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
 

@@ -35,6 +35,7 @@ MORE = (
     Case("small tiles", B=1, K=2, C=1, H=40, W=39, options={"kernel_size": 15, "repeats": 3}),
     Case("small tiles, many of them", B=1, K=2, C=1, H=70, W=33, options={"kernel_size": 15, "repeats": 6}),
     Case("pass by pass", B=1, K=3, H=81, W=79, options={"kernel_size": 79, "repeats": 3, "sigma": 30.0}),
+    Case("pass by pass, full tiles", B=1, K=2, C=1, H=64, W=64, options={"kernel_size": 63, "repeats": 1}),
     Case("pass by pass, two tiles", B=2, K=2, C=2, H=66, W=70, options={"kernel_size": 65, "repeats": 5}),
     Case("many channels", B=1, K=3, C=7, H=12, W=13),
     Case("two channels", B=1, K=4, C=2, H=12, W=13),
@@ -180,5 +181,5 @@ def test_what_the_operators_refuse():
         operator(image, torch.rand(2, 17, 13, 12), *options)
     with pytest.raises(RuntimeError, match="must have one dtype"):
         operator(image, masks.double(), *options)
-    with pytest.raises(RuntimeError, match="a CUDA kernel could not be launched"):
+    with pytest.raises(RuntimeError, match="could not be launched: so many channels and masks do not fit"):
         operator(torch.rand(2, 20000, 13, 12), masks, *options)  # whose sums do not fit into shared memory

@@ -22,7 +22,7 @@ def test_dry_run(tmp_path):
     done = subprocess.run(["bash", SCRIPT, "--dry-run", tmp_path / "out"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    parts = "accuracy", "benchmarks", "launch_settings", "machine", "repeats", "sanitize", "summary"
+    parts = "accuracy", "benchmarks", "build", "launch_settings", "machine", "repeats", "sanitize", "summary"
     assert sorted(results) == sorted(parts)
     assert results["machine"]["torch"] == torch.__version__
     assert all(worst <= 1 for worst in results["accuracy"].values())

@@ -421,8 +421,8 @@ ANY = 1 << 30
 #: behind another's work. Wide ones keep the sums of K_PADDED by WIDTH in registers: one pass while that is at most
 #: 8192 numbers, but without tensor cores 2048 or fewer where a program makes three gradients at a time. Beyond WIDTH
 #: features the others are other programs', which compute A again. BLOCK_D bounds how much of a row the general units
-#: hold at a time. No row spills registers, nor takes more than the 64 KiB of shared memory that the smallest architecture
-#: has; tests/test_triton.py compiles them all.
+#: hold at a time. No row spills registers, nor takes more than the 64 KiB of shared memory of the smallest architecture;
+#: tests/test_triton.py compiles them all.
 TILES = (
     # multiply, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
     ("fma", "forward", 16, 64, 32, 64, 64, 4, 2),
