@@ -294,7 +294,7 @@ def variants() -> Iterator[Variant]:
             else:
                 several = {
                     "inpainting": (
-                        {"LINES": (32, 512)}, {"LINES": (128, 512)}, {"SETS": (64, 64)}, {"SETS": (256, 256)},
+                        {"LINES": (32, 512)}, {"LINES": (128, 512)}, {"SETS": (256, 256)},
                     ),
                     "composition": (
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"NUMBERS": 4096, "WARPS": 2},

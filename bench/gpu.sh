@@ -22,6 +22,7 @@ shift
 parts=" ${*:-machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings} "
 export IIO_KERNELS_COMMIT=${IIO_KERNELS_COMMIT:-$(git rev-parse HEAD 2> /dev/null)}
 export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
 deadline=$((SECONDS + ${IIO_KERNELS_GPU_SECONDS:-580}))
 failed=0
 : > "$out/parts.jsonl"
@@ -56,20 +57,20 @@ else
   tests=(-n 14 -k "(triton-cuda or cuda-cuda or test_gpu) and not any_shape")
 fi
 
-part machine 60 python3 -m bench.gpu machine "$out"
-part build 150 python3 -m bench.gpu build "$out"
-part accuracy 120 python3 -m bench.gpu accuracy "$out"
-part tests 200 python3 -m pytest -q -p no:cacheprovider "${tests[@]}" --junitxml="$out/tests.xml" \
+part machine 60 "$python" -m bench.gpu machine "$out"
+part build 150 "$python" -m bench.gpu build "$out"
+part accuracy 120 "$python" -m bench.gpu accuracy "$out"
+part tests 200 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" --junitxml="$out/tests.xml" \
   tests/test_gpu.py tests/test_composition.py tests/test_inpainting.py tests/test_slot_attention.py
 if [ $dry ]; then
-  part memcheck 60 python3 -m bench.gpu sanitize "$out"
+  part memcheck 60 "$python" -m bench.gpu sanitize "$out"
 else
-  part memcheck 60 "$sanitizer" --tool memcheck --error-exitcode 9 python3 -m bench.gpu sanitize "$out"
-  part racecheck 60 "$sanitizer" --tool racecheck --error-exitcode 9 python3 -m bench.gpu sanitize "$out"
+  part memcheck 60 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" -m bench.gpu sanitize "$out"
+  part racecheck 60 "$sanitizer" --tool racecheck --error-exitcode 9 "$python" -m bench.gpu sanitize "$out"
 fi
-part repeats 40 python3 -m bench.gpu repeats "$out"
-LINES_SHOWN=150 part benchmarks 240 python3 -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
+part repeats 40 "$python" -m bench.gpu repeats "$out"
+LINES_SHOWN=150 part benchmarks 240 "$python" -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
   --seconds=210 --benchmark-json="$out/benchmarks.json"
-part launch_settings 90 python3 -m bench.gpu launch_settings "$out"
-python3 -m bench.gpu summary "$out"
+part launch_settings 90 "$python" -m bench.gpu launch_settings "$out"
+"$python" -m bench.gpu summary "$out"
 exit $failed

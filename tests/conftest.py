@@ -24,6 +24,9 @@ import cuda_on_host
 from iio_kernels._backends import BACKENDS, Backend
 from iio_kernels.ops import composition, inpainting, slot_attention
 
+# pytest-xdist's processes share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 # The reference's written-out gradients stand behind the autograd Functions like any other backend's, though
 # no user needs them there. Registered as one, they meet every test, and so does the way all are called.
 BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)

@@ -77,6 +77,7 @@ def calls(compiler: Path) -> list[str]:
 
 def start(cache: Path | str, compiler: Path | str, program: str = PROGRAM, **environment: str) -> subprocess.Popen:
     environment = {"IIO_KERNELS_CACHE": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT), **environment}
+    environment |= {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", program]
     # In the root folder: Python looks for modules where it is started.
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -556,7 +556,7 @@ WRONG = [
 
 def words(error: pytest.ExceptionInfo) -> str:
     """The message, without the place in the source that torch puts before it."""
-    return re.sub(r"^.*\.cpp:\d+, ", "", str(error.value))
+    return re.sub(r"^.*\.(cpp|h):\d+, ", "", str(error.value))
 
 
 @pytest.mark.parametrize(("operator", "name", "mutation"), WRONG)

@@ -17,8 +17,6 @@ from test_build import behave, calls, compiler, finish, needs_kernels, start  # 
 from iio_kernels import _build
 from iio_kernels._build import TORCH_LIBRARIES
 
-pytestmark = pytest.mark.xdist_group("cuda")  # with its fixtures, in one process
-
 # --- nvcc ---------------------------------------------------------------------------------------------------
 
 

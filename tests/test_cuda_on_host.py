@@ -24,7 +24,6 @@ try:
 except _build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("cuda on host")  # with its fixtures, in one process
 F32, F64 = torch.float32, torch.float64
 
 #: What the sizes in spec.CASES leave out: several tiles either way, filters that fill shared memory or do not fit into
@@ -110,19 +109,26 @@ def test_where_all_residuals_are_0(case):
 @pytest.mark.parametrize("K", range(2, 17))
 @pytest.mark.parametrize(("C", "dtype"), [(1, F32), (3, F32), (2, F64)], ids=["grey", "colour", "float64"])
 def test_every_number_of_masks_has_its_kernels(K, C, dtype):
-    """On images of a few pixels; beyond the reference's 12 masks against the sum of all terms."""
+    """On images of a few pixels: against all terms, or where these take long against the other compiled kernels."""
+    if K > 12 and BACKENDS["cpu"].missing() is not None:
+        pytest.skip("no other kernels for so many masks")
     case = Case("few pixels", B=1, C=C, K=K, H=2, W=3, options={"kernel_size": 1, "eps": 0.3})
     (image, masks), _ = case.make(dtype)
     loss, leaves = function_of(case, "loss", "cuda_on_host"), [x.requires_grad_() for x in (image, masks)]
-    terms = function_of(case, "entropies", "cuda_on_host")(*leaves)
     tolerance = 1e-12 if dtype == F64 else 1e-4
 
     def assert_like(x, y):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * y.abs().max().item())
+        torch.testing.assert_close(x.double(), y.double(), rtol=tolerance, atol=tolerance * y.abs().max().item())
 
-    assert_like(loss(*leaves), -terms.sum((1, 2)))
-    gradients = torch.autograd.grad(loss(*leaves).sum(), leaves)
-    for x, y in zip(torch.autograd.grad(-terms.sum(), leaves), gradients, strict=True):
+    got = loss(*leaves).sum()
+    gradients = torch.autograd.grad(got, leaves)
+    others = [x.detach().double().requires_grad_() for x in leaves] if K > 12 else leaves
+    if K > 12:
+        expected = function_of(case, "loss", "cpu")(*others).sum()
+    else:
+        expected = -function_of(case, "entropies", "cuda_on_host")(*leaves).sum()
+    assert_like(got, expected)
+    for x, y in zip(gradients, torch.autograd.grad(expected, others), strict=True):
         assert_like(x, y)
     if K <= 10:
         exact = [x.detach().double().requires_grad_() for x in leaves]
@@ -182,4 +188,4 @@ def test_what_the_operators_refuse():
     with pytest.raises(RuntimeError, match="must have one dtype"):
         operator(image, masks.double(), *options)
     with pytest.raises(RuntimeError, match="could not be launched: so many channels and masks do not fit"):
-        operator(torch.rand(2, 20000, 13, 12), masks, *options)  # whose sums do not fit into shared memory
+        operator(torch.rand(2, 20000, 1, 1), masks[:, :, :1, :1], 5.0, 1, *options[2:])  # their sums are too many

@@ -117,8 +117,8 @@ def test_no_call_waits_for_the_device(function, backend, new):
     leaves = inputs(new, 0)
     run(function, backend, leaves)
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run(function, backend, leaves)
     finally:
         torch.cuda.set_sync_debug_mode(mode)

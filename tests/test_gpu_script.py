@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.xdist_group("gpu script"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on"),
-]
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on")
+
+
+def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    environment |= {"PYTHON": sys.executable}
+    command = ["bash", script, "--dry-run", folder, *parts]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | environment)
 
 
 def test_dry_run(tmp_path):
     pytest.importorskip("triton")
-    done = subprocess.run(["bash", SCRIPT, "--dry-run", tmp_path / "out"], capture_output=True, text=True, timeout=900)
+    done = run(tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     parts = "accuracy", "benchmarks", "build", "launch_settings", "machine", "repeats", "sanitize", "summary"
@@ -37,9 +41,7 @@ def test_dry_run(tmp_path):
 
 
 def test_parts_that_fail_or_have_no_time_left_are_told(tmp_path):
-    environment = os.environ | {"IIO_KERNELS_GPU_SECONDS": "4"}
-    command = ["bash", SCRIPT, "--dry-run", tmp_path / "out", "machine", "repeats"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = run(tmp_path / "out", "machine", "repeats", IIO_KERNELS_GPU_SECONDS="4")
     assert done.returncode == 1
     parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
     assert [(part["part"], part["status"]) for part in parts] == [("machine", 124), ("repeats", 124)]

@@ -26,19 +26,29 @@ from iio_kernels.ops.composition import schema
 @inlined
 def _axes(blocks, INDEX: tl.constexpr, SLOTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """This program's image, and what its tile's axes count."""
-    b, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    k, p, c = tl.arange(0, SLOTS), block * PIXELS + tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
+    b, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * PIXELS
+    k, p, c = tl.arange(0, SLOTS), first + tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
     return b.to(tl.int64), k.to(INDEX), p.to(INDEX), c.to(INDEX)
 
 
 @inlined
-def _decoded_at(b, k, p, c, N, K: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where the tile's numbers lie in (B, K, C + 1, N), or with CHANNELS_LAST (B, K, N, C + 1); which there are."""
-    inside = (k < K)[:, None, None] & (p < N)[None, :, None] & (c < C + 1)[None, None, :]
-    k, p, c = k[:, None, None], p[None, :, None], c[None, None, :]
+def _decoded_at(
+    b, k, p, c, blocks, N, K: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr
+):
+    """Where the tile's numbers lie in (B, K, C + 1, N), or with CHANNELS_LAST (B, K, N, C + 1); which there are.
+
+    Channels last, pixels and channels are one axis, as in memory: three axes Triton 3.6 spreads over threads so that
+    sums over slots take many exchanges, in another order than those of a plain layout.
+    """
     if CHANNELS_LAST:
-        return b * (K * (C + 1)) * N + ((k * N + p) * (C + 1) + c), inside
-    return b * (K * (C + 1)) * N + ((k * (C + 1) + c) * N + p), inside
+        j = tl.arange(0, p.shape[0] * c.shape[0]).to(INDEX)[None, :]
+        first = (tl.program_id(0) % blocks * p.shape[0]).to(INDEX)
+        k, p, c = k[:, None], first + j // c.shape[0], j % c.shape[0]
+        at = (k * N + p) * (C + 1) + c
+    else:
+        k, p, c = k[:, None, None], p[None, :, None], c[None, None, :]
+        at = (k * (C + 1) + c) * N + p
+    return b * (K * (C + 1)) * N + at, (k < K) & (p < N) & (c < C + 1)
 
 
 @inlined
@@ -58,8 +68,9 @@ def _forward(
     INDEX: tl.constexpr, SLOTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     b, k, p, c = _axes(blocks, INDEX, SLOTS, PIXELS, CHANNELS)
-    at, inside = _decoded_at(b, k, p, c, N, K, C, CHANNELS_LAST)
-    rgb, a = _softmax(tl.load(decoded + at, inside, 0).to(DTYPE), k, c, K, C)
+    decoded_at, decoded_inside = _decoded_at(b, k, p, c, blocks, N, K, C, CHANNELS_LAST, INDEX)
+    rgba = tl.reshape(tl.load(decoded + decoded_at, decoded_inside, 0), (SLOTS, PIXELS, CHANNELS))
+    rgb, a = _softmax(rgba.to(DTYPE), k, c, K, C)
     if a_out is not None:
         tl.store(a_out + b * K * N + (k[:, None] * N + p[None, :]), a, (k < K)[:, None] & (p < N)[None, :])
 
@@ -84,8 +95,9 @@ def _backward(
     INDEX: tl.constexpr, SLOTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     b, k, p, c = _axes(blocks, INDEX, SLOTS, PIXELS, CHANNELS)
-    decoded_at, decoded_inside = _decoded_at(b, k, p, c, N, K, C, CHANNELS_LAST)
-    rgb, a = _softmax(tl.load(decoded + decoded_at, decoded_inside, 0).to(DTYPE), k, c, K, C)
+    decoded_at, decoded_inside = _decoded_at(b, k, p, c, blocks, N, K, C, CHANNELS_LAST, INDEX)
+    rgba = tl.reshape(tl.load(decoded + decoded_at, decoded_inside, 0), (SLOTS, PIXELS, CHANNELS))
+    rgb, a = _softmax(rgba.to(DTYPE), k, c, K, C)
 
     inside = (p < N)[:, None] & (c < C)[None, :]
     d_x_hat = tl.zeros((PIXELS, CHANNELS), DTYPE)
@@ -108,7 +120,8 @@ def _backward(
     d_rgb = a[:, :, None] * d_x_hat[None, :, :]
     d_alpha = a * (da - tl.sum(a * da, 0)[None, :])
     d_rgba = tl.where((c == C)[None, None, :], d_alpha[:, :, None], d_rgb)
-    tl.store(d_decoded + decoded_at, d_rgba.to(d_decoded.dtype.element_ty), decoded_inside)
+    d_rgba = tl.reshape(d_rgba.to(d_decoded.dtype.element_ty), decoded_at.shape)
+    tl.store(d_decoded + decoded_at, d_rgba, decoded_inside)
 
 
 # ---------------------------------------------------------------------------------------------------------- launches

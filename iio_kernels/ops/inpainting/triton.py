@@ -710,13 +710,13 @@ def _iio_loss(image: Tensor, masks: Tensor, *options: float) -> tuple[Tensor, Te
     dots = call.subsets(None, dimage, dmasks)
     if image_gradient or masks_gradient:
         call.gradients(dimage, dmasks, dots)
-    nothing = call.empty(0)
-    return dots.sum((1, 2)), nothing if dimage is None else dimage, nothing if dmasks is None else dmasks
+    return dots.sum((1, 2)), *(call.empty(0) if x is None else x for x in (dimage, dmasks))
 
 
 def _conditional_entropies(image: Tensor, masks: Tensor, *inpainter: float) -> Tensor:
     call = _Call(image, masks, *inpainter)
     result = call.empty(call.B, call.K, 2 ** (call.K - 1) - 1)
+    call.numbers["INDEX"] = index_type(image, masks, call.planes, result)
     call.filter(products=True)
     ROWS, BLOCK = _block(call.B, call.pixels, *SETS)
     _launch(
@@ -731,10 +731,12 @@ def _conditional_entropies(image: Tensor, masks: Tensor, *inpainter: float) -> T
 def _conditional_entropies_backward(grad: Tensor, image: Tensor, masks: Tensor, *options) -> tuple[Tensor, Tensor]:
     *inpainter, image_gradient = options
     call = _Call(image, masks, *inpainter)
+    weights = grad.contiguous()
+    call.numbers["INDEX"] = index_type(image, masks, call.planes, weights)
     dimage = call.empty(*image.shape) if image_gradient else None
     dmasks = call.empty(*masks.shape)
     call.filter(products=True)
-    dots = call.subsets(grad.contiguous(), dimage, dmasks)
+    dots = call.subsets(weights, dimage, dmasks)
     call.gradients(dimage, dmasks, dots)
     return call.empty(0) if dimage is None else dimage, dmasks
 

@@ -43,7 +43,9 @@ def _forward(
 def _backward(
     dU, dS, dA, q, k, v, logit_bias, slot_mask, input_mask, U, S, scale, eps, eps_in_weights, normalize, joint_heads
 ):
-    return tuple(k.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (q, k, v, logit_bias))
+    dv = k.new_empty((0,)) if v is None else v.new_empty(v.shape)
+    dlogit_bias = S.new_empty((0,)) if logit_bias is None else logit_bias.new_empty(logit_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dv, dlogit_bias
 
 
 def four(x: Tensor, options: Options, own: int) -> Tensor:

@@ -151,7 +151,8 @@ def _softmax(L, normaliser, n, inputs, slots, m: Meta):
         A = tl.exp(L - tl.max(L, 1)[:, None])
         A *= (1.0 / tl.sum(A, 1))[:, None]
     else:
-        A = tl.exp(L - tl.load(normaliser.ptr + n * normaliser.row, inputs, other=0.0)[:, None])
+        largest = tl.load(_at(normaliser, n, 0), inputs, other=0.0)
+        A = tl.exp(L - largest[:, None]) * tl.load(_at(normaliser, n, 1), inputs, other=0.0)[:, None]
     return tl.where(inputs[:, None] & slots[None, :], A, 0.0)
 
 
@@ -208,7 +209,8 @@ def _forward_kernel(
         logit_bias  (B, H, K), or None
         slot_mask   (B, H, K) bool, or None
         input_mask  (B, H, N) bool, or None
-        normaliser  (B, H, N): log sum exp L[n, s] over the slots of all heads; or None: a head is by itself
+        normaliser  (B, H, N, 2): the largest L[n, s] over the slots of all heads, and 1 / sum exp(L[n, s] - it);
+                    or None: a head is by itself
         A_out       (B, H, K, N), or None                                                                       out
         U_sums      (chunks, B * H, K, Dv)                                                                      out
         S_sums      (chunks, B * H, K)                                                                          out
@@ -324,11 +326,11 @@ def _heads_kernel(
     q, k, v, logit_bias, slot_mask, input_mask, U, S, dU, dS, dA, normaliser, dots,
     H, N, tiles, scale: tl.float64, NORMALIZE: tl.constexpr, m: Meta,
 ):  # fmt: skip
-    """What joint heads share, for a tile of inputs: log sum exp L[n, s], and with dU sum A[n, s] dA[n, s].
+    """What joint heads share, for a tile of inputs: the softmax's normaliser, and with dU sum A[n, s] dA[n, s].
 
     Program b * tiles + tile. The tensors are those of the other kernels, U to dA None in the forward pass, and
 
-        normaliser  (B, 1, N)                        out
+        normaliser  (B, 1, N, 2)                     out
         dots        (B, 1, N), or None without dU    out
     """
     program = tl.program_id(0).to(m.INDEX)
@@ -361,7 +363,8 @@ def _heads_kernel(
             gradient = _attention_gradient(v_h, dU_h, dA_h, n, s, inputs, slots, filled, share, mean, m)
             sum_dots = sum_dots * shrink + tl.sum(E * gradient, 1)
     normaliser = _head(normaliser, b, 0)
-    tl.store(normaliser.ptr + n * normaliser.row, largest + tl.log(sum_exp), n < N)
+    tl.store(_at(normaliser, n, 0), tl.where(largest == float("-inf"), 0.0, largest), n < N)
+    tl.store(_at(normaliser, n, 1), 1.0 / sum_exp, n < N)
     if dU is not None:
         dots = _head(dots, b, 0)
         tl.store(dots.ptr + n * dots.row, sum_dots / sum_exp, n < N)
@@ -421,7 +424,7 @@ ANY = 1 << 30
 #: behind another's work. Wide ones keep the sums of K_PADDED by WIDTH in registers: one pass while that is at most
 #: 8192 numbers, but without tensor cores 2048 or fewer where a program makes three gradients at a time. Beyond WIDTH
 #: features the others are other programs', which compute A again. BLOCK_D bounds how much of a row the general units
-#: hold at a time. No row spills registers, nor takes more than the 64 KiB of shared memory of the smallest architecture;
+#: hold at a time. No row spills registers, nor takes more shared memory than 64 KiB, which each architecture has:
 #: tests/test_triton.py compiles them all.
 TILES = (
     # multiply, pass, K_PADDED, D: BLOCK_N, BLOCK_D, WIDTH, num_warps, num_stages
@@ -536,15 +539,15 @@ class Call:
         self.launch(kernel, (self.groups * self.chunks * self.parts,), self.tile, *arguments[0], *sizes, *arguments[1:])
 
     def launch_heads(self, inputs: tuple, incoming: tuple, scale: float, normalize: bool) -> tuple[Tensor | None, ...]:
-        """The normaliser of joint heads, and `dots` if there are incoming gradients; both expanded to (B, H, N)."""
-        normaliser = self.new(self.B, 1, self.N)
+        """The normaliser of joint heads, and `dots` if there are incoming gradients; both expanded to all heads."""
+        normaliser = self.new(self.B, 1, self.N, 2)
         dots = None if incoming[0] is None else self.new(self.B, 1, self.N)
         tiles = triton.cdiv(self.N, self.tile.BLOCK_N)
         sizes = self.H, self.N, tiles
         self.launch(
             _heads_kernel, (self.B * tiles,), self.tile, *inputs, *incoming, normaliser, dots, *sizes, scale, normalize
         )
-        return tuple(None if x is None else x.expand(self.B, self.H, self.N) for x in (normaliser, dots))
+        return tuple(None if x is None else x.expand(-1, self.H, *x.shape[2:]) for x in (normaliser, dots))
 
     def add(
         self, wide_sums: Tensor, narrow_sums: Tensor | None, wide: Tensor, narrow: Tensor | None, eps: float = 0.0,
@@ -552,7 +555,7 @@ class Call:
     ) -> None:  # fmt: skip
         """The second stage: 8192 numbers at a time, 16 features of all slots."""
         K_PADDED, D = triton.next_power_of_2(self.K), wide.shape[3]
-        tile = Tile(K_PADDED, BLOCK_N=max(1, 512 // K_PADDED), BLOCK_D=16, WIDTH=16, num_warps=4, num_stages=1)
+        tile = Tile(K_PADDED, BLOCK_N=max(1, 512 // K_PADDED), BLOCK_D=16, WIDTH=16, num_warps=8, num_stages=1)
         grid = self.groups, max(1, triton.cdiv(D, tile.WIDTH))
         tensors = wide_sums, narrow_sums, wide, narrow
         self.launch(_add_kernel, grid, tile, *tensors, self.H, D, self.chunks, eps, normalize)
@@ -588,7 +591,7 @@ def slot_attention_backward(
     tensors = *inputs, normaliser, dots, *incoming, dk, dv, dq_sums, dlogit_bias_sums
     call.launch_chunks(_backward_kernel, tensors, scale, eps if normalize and eps_in_weights else 0.0, normalize)
     call.add(dq_sums, dlogit_bias_sums, dq, dlogit_bias)
-    return tuple(call.new(0, dtype=k.dtype) if x is None else x for x in (dq, dk, dv, dlogit_bias))
+    return dq, dk, call.new(0, dtype=k.dtype) if dv is None else dv, call.new(0) if dlogit_bias is None else dlogit_bias
 
 
 # --- the operators, and what calls them ---------------------------------------------------------------------------
