@@ -188,4 +188,4 @@ def test_what_the_operators_refuse():
     with pytest.raises(RuntimeError, match="must have one dtype"):
         operator(image, masks.double(), *options)
     with pytest.raises(RuntimeError, match="could not be launched: so many channels and masks do not fit"):
-        operator(torch.rand(2, 20000, 1, 1), masks[:, :, :1, :1], 5.0, 1, *options[2:])  # their sums are too many
+        operator(torch.rand(2, 30000, 1, 1), masks[:, :, :1, :1], 5.0, 1, *options[2:])  # their sums are too many

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 
 def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess:
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    # Not for pytest to take itself for one of pytest-xdist's processes.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHON": sys.executable}
     command = ["bash", script, "--dry-run", folder, *parts]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=own | environment)
 
 
 def test_dry_run(tmp_path):
