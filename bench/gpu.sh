@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All that there is to learn from a GPU, the cheapest proof first, within ten minutes:
 #
-#     bench/gpu.sh [FOLDER] [PART...]            on the first CUDA device; FOLDER is bench/results/gpu unless given
-#     bench/gpu.sh --dry-run [FOLDER] [PART...]  the same at toy sizes in Triton's interpreter: does the script work?
+#     bench/gpu.sh FOLDER [PART...]            on the first CUDA device
+#     bench/gpu.sh --dry-run FOLDER [PART...]  the same at toy sizes in Triton's interpreter: does the script itself work?
 #
 # Parts, all of them unless some are named: machine build accuracy tests memcheck racecheck repeats benchmarks
 # launch_settings. Each has a time limit and leaves its results in FOLDER before the next begins; none begins after the
@@ -17,12 +17,27 @@ if [ "${1:-}" = --dry-run ]; then
   export TRITON_INTERPRET=1 IIO_KERNELS_BENCH_SIZES=toy
   shift
 fi
-out=$(mkdir -p "${1:-bench/results/gpu}" && cd "${1:-bench/results/gpu}" && pwd)
+known=" machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings "
+if [ $# = 0 ] || [[ $1 == -* ]]; then
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
-parts=" ${*:-machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings} "
+parts=" ${*:-$known} "
+for name in $parts; do
+  if [[ $known != *" $name "* ]]; then
+    echo "there is no part $name, only:$known" >&2
+    exit 2
+  fi
+done
+python=${PYTHON:-python3}
+if [ ! $dry ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "there is no GPU that PyTorch can use: --dry-run needs none" >&2
+  exit 2
+fi
 export IIO_KERNELS_COMMIT=${IIO_KERNELS_COMMIT:-$(git rev-parse HEAD 2> /dev/null)}
 export PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
 deadline=$((SECONDS + ${IIO_KERNELS_GPU_SECONDS:-$((580 * slack))}))
 failed=0
 : > "$out/parts.jsonl"
@@ -70,7 +85,7 @@ else
 fi
 part repeats 40 "$python" -m bench.gpu repeats "$out"
 LINES_SHOWN=150 part benchmarks 240 "$python" -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
-  --seconds=210 --benchmark-json="$out/benchmarks.json"
+  --seconds=$((210 * slack)) --benchmark-json="$out/benchmarks.json"
 part launch_settings 90 "$python" -m bench.gpu launch_settings "$out"
 "$python" -m bench.gpu summary "$out"
 exit $failed

@@ -173,7 +173,7 @@ def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contend
 @each_direction
 @pytest.mark.parametrize("case", COMPOSITION[SIZES], **named)
 def test_composition(race, device, machine, sets_of_inputs, case, backward, contender):
-    """The error, as in training; decoded stored as decoders leave it."""
+    """The error; decoded stored as decoders leave it."""
     call = {
         "eager": lambda image, decoded: composition_error(image, decoded, backend="reference"),
         "ours": lambda image, decoded: composition_error(image, decoded, backend=OURS),

@@ -13,9 +13,13 @@ from torch import Tensor
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Switch autocast off; a device that has none (meta) refuses to be asked, and is left alone."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """Out of sight of torch.compile: that of torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -37,6 +41,22 @@ def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         return tuple(None if x is None else _Final.apply(x, *sources) for x in gradients)
 
     return wrapper
+
+
+def not_differentiable_by_itself(operator: str) -> None:
+    """Have whoever differentiates an operator, past the Function that calls it, raise.
+
+    torch.compile of a torch.func transform inlines Functions and finds the operators: without a gradient of their own
+    they would pass for constants. (There torch itself refuses what is registered here, in words of its own.)
+    """
+
+    def backward(ctx: Any, *incoming: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{operator} has no gradient outside its autograd Function, past which torch.compile looks in a torch.func "
+            'transform: compile the function alone and transform that, or call it with backend="reference"'
+        )
+
+    torch.library.register_autograd(operator, backward)
 
 
 class _Final(torch.autograd.Function):

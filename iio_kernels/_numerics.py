@@ -14,6 +14,12 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, for results of a Function's forward: under torch.compile, torch 2.11 loses the gradient to a result
+    that a `.to` without effect has made."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def divide(x: Tensor, y: Tensor) -> Tensor:
     """x / y, and 0 with zero gradient where y is exactly 0: the mean over nothing. (A NaN is not 0, and stays.)"""
     empty = y == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,18 @@ def missing() -> str | None:
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no GPU, or this PyTorch was built without support for it"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "there is no GPU, or this PyTorch was built without support for it (to try it on a CPU, slowly, set "
+            "TRITON_INTERPRET=1 before Python starts)"
+        )
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    if torch.version.hip is None and min(capabilities) < (8, 0):
+        return "it needs GPUs of compute capability 8.0 or more"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc, or name one in CC"
     return None
 
 

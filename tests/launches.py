@@ -48,7 +48,7 @@ def slot_attention(
 def composition(
     way: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, channels_last: bool, everything: bool = False
 ) -> None:
-    """The error, as in training; with `everything` all results and all gradients."""
+    """The error; with `everything` all results and all gradients."""
     from iio_kernels.ops.composition import triton as kernels
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
@@ -142,5 +142,7 @@ CALLS |= {
 
 if __name__ == "__main__":
     asked = [name for name in CALLS if all(word in name for word in sys.argv[1:])]
+    if not asked:
+        sys.exit(f"there is no call of that name, only: {'; '.join(CALLS)}")
     for launch in compile_calls("launches", asked, list(ARCHITECTURES)):
         print(launch)

@@ -28,6 +28,7 @@ import iio_kernels
 from iio_kernels import (
     _backends,
     _build,
+    compose,
     conditional_entropies,
     iio_loss,
     inpaint,
@@ -331,7 +332,6 @@ ATTENTION_CASES += ["zero eps", "denominator", "sum", "two batch dimensions", "j
 ATTENTION_CASES += ["slot mask", "input mask", "both masks"]
 IIO_CASES = ["plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall"]
 IIO_CASES += ["narrow", "three times", "large eps", "zero eps", "rows of whole vectors"]
-ALL_RESULTS = {"reduction": "none", "return_masks": True}
 WHOLE_VECTORS = iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32)
 
 
@@ -809,10 +809,9 @@ def train(backend: str, dtype: torch.dtype, monkeypatch) -> tuple[Tensor, dict[s
         for step in range(30):
             slots = model.slot_attention.mu + model.slot_attention.log_sigma.exp() * noise[step]
             slots, _ = model.slot_attention(model.encoder(2 * image - 1), slots, iterations=3)
-            components, alpha = model.decoder(slots).split([3, 1], 2)
-            masks = alpha.softmax(1)
-            error = 2 * image - 1 - (masks * components).sum(1)
-            loss = error.square().mean() if step < 20 else iio_loss(image, masks.squeeze(2))
+            reconstruction, masks = compose(model.decoder(slots))
+            error = (2 * image - 1 - reconstruction).square().mean()
+            loss = error if step < 20 else iio_loss(image, masks)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import literal
 import pytest
 import torch
@@ -210,23 +208,13 @@ def check_from_inputs(tensors, options, backend):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11 * scale)
 
 
-@pytest.fixture(params=["reassociated", "projected"])
-def way(request, monkeypatch, interpreted) -> str:
-    """Both ways to compute it, whichever the sizes suggest."""
-    if interpreted and request.param == "projected":
-        pytest.skip("no kernels of its own")
-    module = sys.modules["iio_kernels.ops.slot_attention"]
-    monkeypatch.setattr(module, "_projecting_takes_less", lambda *sizes: request.param == "projected")
-    return request.param
-
-
 @each_case
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
-def test_from_inputs_equals_projecting_first(case, biases, backend, device, way):
+def test_from_inputs_equals_projecting_first(case, biases, backend, device):
     check_from_inputs(*from_inputs(case, device, biases), backend)
 
 
-def test_from_inputs_with_heads_of_one_input(backend, device, way):
+def test_from_inputs_with_heads_of_one_input(backend, device):
     """x without a head dimension of its own, a weight for each head."""
     case = Case("heads", batch=(2, 3), N=13)
     for joint_heads in (False, True):
@@ -234,7 +222,7 @@ def test_from_inputs_with_heads_of_one_input(backend, device, way):
         check_from_inputs((x[:, :1], *others), {**options, "joint_heads": joint_heads}, backend)
 
 
-def test_from_inputs_never_reads_what_is_masked(backend, device, way):
+def test_from_inputs_never_reads_what_is_masked(backend, device):
     tensors, options = from_inputs(case_named("both masks"), device)
     filled = [x.clone() for x in tensors]
     filled[0][~options["input_mask"]] = float("nan")
@@ -256,7 +244,7 @@ def test_from_inputs_scales_by_the_projected_width(backend, device):
     )
 
 
-def test_from_inputs_keeps_dtypes(backend, device, way):
+def test_from_inputs_keeps_dtypes(backend, device):
     tensors, _ = from_inputs(Case("dtypes"), device)
     for dtype in DTYPES:
         leaves = [x.to(dtype).requires_grad_() for x in tensors]
@@ -265,22 +253,6 @@ def test_from_inputs_keeps_dtypes(backend, device, way):
         assert [x.dtype for x in torch.autograd.grad(U.sum(), leaves)] == [dtype] * 6
         exact = slot_attention_from_inputs(*(x.detach().double() for x in leaves), backend="reference")
         assert (U.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
-
-
-def test_from_inputs_projects_where_that_takes_less(any_device):
-    """Bytes decide for few slots, products for many."""
-    from iio_kernels.ops.slot_attention import _projecting_takes_less
-
-    def projects(K, Dk, Dx, Dv, heads=()):
-        x = torch.empty(2, *(1 for _ in heads), 5, Dx, device=any_device)
-        return _projecting_takes_less(x, torch.empty(2, *heads, K, Dk, device=any_device), torch.empty(Dv, Dx))
-
-    assert not projects(K=4, Dk=64, Dx=32, Dv=64)  # Tetrominoes
-    assert not projects(K=7, Dk=256, Dx=256, Dv=256)  # DINOSAUR
-    assert not projects(K=11, Dk=256, Dx=768, Dv=256)
-    assert projects(K=64, Dk=64, Dx=768, Dv=64)
-    assert not projects(K=7, Dk=16, Dx=64, Dv=16, heads=(4,))
-    assert projects(K=7, Dk=8, Dx=64, Dv=8, heads=(8,))
 
 
 # --- symmetry -----------------------------------------------------------------------------------------------

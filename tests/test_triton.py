@@ -85,6 +85,7 @@ def test_nothing_spills_from_registers(compiled):
 
 
 def test_tensor_cores_multiply_where_they_should(compiled):
+    assert {"_forward_kernel", "_backward_kernel"} <= {x.kernel for x in compiled}
     for x in compiled:
         matrices = x.kernel in ("_forward_kernel", "_backward_kernel")
         if matrices and ("float16" in x.call or "DINOSAUR," in x.call):  # bfloat16 too

@@ -20,7 +20,7 @@ _SHARED = {
     "edge": """Edge cases: B may be 0; the mean over no images is NaN, as in torch. Values are never inspected, so a NaN
     or an infinity travels into the result and no call waits for the device.""",
     "raises": """Raises:
-        TypeError: a tensor is none of floating point, or an option has the wrong type.
+        TypeError: a tensor is not a floating-point tensor, or an option has the wrong type.
         ValueError: shapes or devices do not fit, or an option has a value that does not exist.
         RuntimeError: the backend asked for by name cannot be used on this machine.""",
     "source": """Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention", section 2.2.""",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iio_kernels._autograd import not_differentiable_by_itself
 from iio_kernels._numerics import arithmetic_dtype
 
 
@@ -27,6 +28,7 @@ def define(namespace: str) -> None:
     )
     torch.library.register_fake(f"{namespace}::composition_forward", new_results)
     torch.library.register_fake(f"{namespace}::composition_backward", new_gradients)
+    not_differentiable_by_itself(f"{namespace}::composition_forward")
 
 
 def new_results(

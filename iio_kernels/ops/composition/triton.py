@@ -1,8 +1,9 @@
 """Slot composition in Triton: one pass over memory forward, one backward.
 
 A program takes a block of pixels of one image and holds all their numbers at once, as a tile (slots, pixels, channels)
-with sizes rounded up to powers of two. So decoded is read exactly once, whichever way its numbers lie, and a kernel is
-the formula. The error is two sums in fixed order: that of each program, then for each image that of its programs.
+with sizes rounded up to powers of two. So decoded is read exactly once, plain or channels last (other strides after a
+copy), and a kernel is the formula. The error is two sums in fixed order: that of each program, then for each image that
+of its programs.
 """
 
 from __future__ import annotations

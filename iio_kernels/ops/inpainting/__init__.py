@@ -28,7 +28,7 @@ _SHARED = {
     travels into result and gradients, and no call waits for the device.""",
     "raises": """Raises:
         TypeError: image or masks is not a floating-point tensor, or an option has the wrong type.
-        ValueError: shapes, devices or options do not fit, or K is over the backend's limit (cpu: 16, reference: 12).
+        ValueError: shapes, devices or options do not fit, or K is over the backend's limit (reference: 12, others: 16).
         RuntimeError: the backend asked for by name cannot be used on this machine.""",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iio_kernels._autograd import not_differentiable_by_itself
 from iio_kernels._numerics import arithmetic_dtype
 
 
@@ -17,6 +18,8 @@ def define(namespace: str) -> None:
     for name, (schema, fake) in _OPERATORS.items():
         torch.library.define(f"{namespace}::{name}", schema)
         torch.library.register_fake(f"{namespace}::{name}", fake)
+        if not name.endswith("_backward"):
+            not_differentiable_by_itself(f"{namespace}::{name}")
 
 
 def _like(x: Tensor, dtype: torch.dtype, wanted: bool = True) -> Tensor:

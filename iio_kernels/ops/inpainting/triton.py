@@ -12,8 +12,6 @@ The filter F is repeated passes of the Gaussian with zeros outside, plus eps tim
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 import triton
 import triton.language as tl
@@ -121,6 +119,10 @@ def read_mask(pointers, inside, dtype: tl.constexpr):
     return tl.where(tl.abs(m) < NEGLIGIBLE, 0.0, m)
 
 
+#: The last batch is often smaller: kernels are not compiled anew when these happen to be 1 or multiples of 16.
+varying = triton.jit(do_not_specialize=("B", "count", "rows"))
+
+
 # ---- The filter -----------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +206,7 @@ def filter_lines(
     return sums
 
 
-@triton.jit
+@varying
 def filter_planes(
     X_ptr, m_ptr, planes_ptr, totals_ptr,
     X_strides, m_strides, count, K, C, H, W, sigma: tl.float64, eps: tl.float64,
@@ -322,7 +324,7 @@ def walk(node, w, set, masks, g, gradients, T, weights, LEVEL: tl.constexpr, GRA
         return plus(sums, with_i), e + e_with_i, gradients, T
 
 
-@triton.jit
+@varying
 def subsets(
     X_ptr, m_ptr, planes_ptr, totals_ptr, weights_ptr, T_ptr, dX_ptr, dots_ptr,
     X_strides, m_strides, B, H, W,
@@ -436,7 +438,7 @@ def four_nodes(planes_ptr, X, upper, c, inside, K: tl.constexpr, C: tl.constexpr
     return node, with_0, plus(node, r_and_d), plus(with_0, r_and_d)
 
 
-@triton.jit
+@varying
 def entropies(
     X_ptr, m_ptr, planes_ptr, totals_ptr, entropies_ptr,
     X_strides, m_strides, B, H, W,
@@ -490,7 +492,7 @@ def entropies(
 # ---- Predictions ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@varying
 def predictions(
     planes_ptr, psi_ptr, rows, C, pixels,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
@@ -508,7 +510,7 @@ def predictions(
         tl.store(psi_ptr + (i * C + c) * pixels + p, n * inverse_d, inside)
 
 
-@triton.jit
+@varying
 def prediction_gradients(
     dpsi_ptr, planes_ptr, rows, C, pixels,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
@@ -533,7 +535,7 @@ def prediction_gradients(
 # ---- Gradients ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@varying
 def masks_gradient(
     X_ptr, planes_ptr, totals_ptr, dots_ptr, dmasks_ptr,
     X_strides, rows, K, C, H, W, parts,
@@ -564,7 +566,7 @@ def masks_gradient(
     tl.store(dmasks_ptr, dm, inside)
 
 
-@triton.jit
+@varying
 def image_gradient(
     m_ptr, planes_ptr, dimage_ptr,
     m_strides, rows, K, C, H, W,
@@ -645,7 +647,7 @@ class _Call:
 
     def filter(self, products: bool) -> None:
         """planes <- the filtered products, or themselves filtered."""
-        sigma, taps, repeats, eps = astuple(self.inpainter)
+        sigma, taps, repeats, eps = _options(self.inpainter)
         count = self.B * self.K * (self.C + 1)
         PLANES, LANES = _block(count, max(self.H, self.W), *LINES)
         most = max(66 // taps, 1)
@@ -763,6 +765,10 @@ def _inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, *inpainter: fl
     return dimage, dmasks
 
 
+def _options(inpainter: Inpainter) -> tuple[float, int, int, float]:
+    return inpainter.sigma, inpainter.kernel_size, inpainter.repeats, inpainter.eps
+
+
 schema.define("iio_kernels_triton")
 for _implementation in (
     _iio_loss,
@@ -782,26 +788,26 @@ def loss_and_gradient(
     image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool, needs_masks_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each image's loss (B,) and its gradients: see `reference.loss_and_gradient`."""
-    return _ops.iio_loss(image, masks, *astuple(inpainter), needs_image_gradient, needs_masks_gradient)
+    return _ops.iio_loss(image, masks, *_options(inpainter), needs_image_gradient, needs_masks_gradient)
 
 
 def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     """H (B, K, 2^(K-1) - 1): see `reference.conditional_entropies`."""
-    return _ops.conditional_entropies(image, masks, *astuple(inpainter))
+    return _ops.conditional_entropies(image, masks, *_options(inpainter))
 
 
 def conditional_entropies_backward(
     grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients to image and masks from that to H."""
-    return _ops.conditional_entropies_backward(grad, image, masks, *astuple(inpainter), needs_image_gradient)
+    return _ops.conditional_entropies_backward(grad, image, masks, *_options(inpainter), needs_image_gradient)
 
 
 def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
     """psi (B, M, C, H, W): see `reference.inpaint`."""
-    return _ops.inpaint(image, masks, *astuple(inpainter))
+    return _ops.inpaint(image, masks, *_options(inpainter))
 
 
 def inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
     """The gradients to image and masks from that to psi."""
-    return _ops.inpaint_backward(grad, image, masks, *astuple(inpainter))
+    return _ops.inpaint_backward(grad, image, masks, *_options(inpainter))

@@ -65,7 +65,8 @@ def slot_attention(
 
     Returns:
         U `(..., K, Dv)`; with `return_attention` the pair U, A, with A `(..., K, N)` before eps, differentiable too.
-        Both have v's dtype. Softmax and sums are computed in at least float32 whatever the storage type or autocast,
+        Both have v's dtype. Softmax and sums are computed in at least float32 whatever the storage type or autocast
+        (backend triton multiplies bfloat16 keys and values, and what meets them, in bfloat16, float16 in TF32),
         and each gradient has its input's dtype.
 
     Edge cases: a slot whose normaliser is exactly 0 (no inputs at all, every input masked, or no attention and
@@ -133,8 +134,8 @@ def slot_attention_from_inputs(
 
     Two products with all N inputs become two with the K slots, and an iteration reads x alone: 32 numbers an input on
     Tetrominoes instead of 64 + 64. Forward and backward together move 3 Dx numbers an input instead of
-    3 Dx + 6 (Dk + Dv). Where that is more all the same (8 heads that share one x), or takes more time to multiply than
-    it saves to move (60 slots and more on features much wider than Dk and Dv), keys and values are made after all.
+    3 Dx + 6 (Dk + Dv), and take 7 K Dx multiply-adds instead of (Dk + Dv) (3 Dx + 3.5 K): less of both, unless there
+    are some sixty slots and x is much wider than keys and values. Heads that share one x read it once each.
 
     Args:
         x: inputs, `(..., N, Dx)`. Its leading dimensions broadcast to q's. Any strides.
@@ -149,7 +150,7 @@ def slot_attention_from_inputs(
 
     Returns:
         U `(..., K, Dv)`; with `return_attention` the pair U, A, with A `(..., K, N)`. Both have x's dtype, each
-        gradient its input's; arithmetic is at least float32. Gradients go to x, q, weights and biases.
+        gradient its input's; arithmetic is that of `slot_attention`. Gradients go to x, q, weights and biases.
 
     Edge cases: those of `slot_attention`. A slot whose normaliser is exactly 0 has U = 0, bv included.
 
@@ -177,16 +178,6 @@ def slot_attention_from_inputs(
         if slot_mask is not None:
             queries = queries.masked_fill(~slot_mask.unsqueeze(-1), 0)
         logit_bias = None if bk is None else options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
-        if _projecting_takes_less(x, q, wv):
-            if input_mask is not None:  # 0 times the NaN of a padding would be its share of the weights' gradient
-                x = x.masked_fill(~input_mask.unsqueeze(-1), 0)
-            k, v = (
-                (x.to(dtype) @ w.to(dtype).mT + (0 if b is None else b.to(dtype).unsqueeze(-2)))
-                .expand(*q.shape[:-2], x.shape[-2], w.shape[-2])
-                for w, b in ((wk, bk), (wv, bv))
-            )  # fmt: skip
-            U, _, A = _attend(queries, k, v, None, slot_mask, input_mask, options, return_attention, name)
-            return (U.to(x.dtype), A.to(x.dtype)) if return_attention else U.to(x.dtype)
         inputs = x.expand(*q.shape[:-2], *x.shape[-2:])
         U, S, A = _attend(
             queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, name
@@ -195,22 +186,6 @@ def slot_attention_from_inputs(
         if bv is not None:
             U = U + _sum_of_weights(S, options).unsqueeze(-1) * bv.to(dtype).unsqueeze(-2)
         return (U.to(x.dtype), A) if return_attention else U.to(x.dtype)
-
-
-def _projecting_takes_less(x: Tensor, q: Tensor, wv: Tensor) -> bool:
-    """Whether keys and values are worth making, by numbers moved and products taken, forward and backward, an input.
-
-    Both CPUs and GPUs take some ten operations while a byte comes from memory.
-    """
-    (K, Dk), Dx, Dv = q.shape[-2:], x.shape[-1], wv.shape[-2]
-    heads = q.shape[:-2].numel() / max(x.shape[:-2].numel(), 1)  # that share each x
-
-    def time(numbers: float, products: float) -> float:
-        return max(4 * numbers, 2 * products / 10)
-
-    reassociated = time(3 * heads * Dx, 7 * heads * K * Dx)
-    projected = time(3 * Dx + 6 * heads * (Dk + Dv), heads * (Dk + Dv) * (3 * Dx + 3.5 * K))
-    return projected < reassociated
 
 
 def _sum_of_weights(S: Tensor, options: Options) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype, divide
+from iio_kernels._numerics import arithmetic_dtype, cast, divide
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def forward(
         U = W.mT @ (k if v is None else v)
         if options.normalize == "mean":
             U = divide(U, S.unsqueeze(-1))
-        return U, S, A.mT.to(out_dtype) if return_attention else None
+        return U, S, cast(A.mT, out_dtype) if return_attention else None
 
 
 def backward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iio_kernels._autograd import not_differentiable_by_itself
 from iio_kernels.ops.slot_attention.reference import Options
 
 OPTIONS = "float scale, float eps, bool eps_in_weights, bool normalize, bool joint_heads"
@@ -27,6 +28,7 @@ def define(namespace: str) -> None:
     )
     torch.library.register_fake(forward, _forward)
     torch.library.register_fake(backward, _backward)
+    not_differentiable_by_itself(forward)
 
 
 def _forward(

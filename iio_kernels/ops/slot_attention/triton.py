@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iio_kernels._numerics import arithmetic_dtype
+from iio_kernels._numerics import arithmetic_dtype, cast
 from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
@@ -617,7 +617,7 @@ def forward(
     U, S, A = _ops.slot_attention_forward(*inputs, *schema.arguments(options), return_attention)
     out_dtype = (k if v is None else v).dtype
     U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
-    return U, S, A.view(*q.shape[:-1], k.shape[-2]).to(out_dtype) if return_attention else None
+    return U, S, cast(A.view(*q.shape[:-1], k.shape[-2]), out_dtype) if return_attention else None
 
 
 def backward(
