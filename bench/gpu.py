@@ -381,6 +381,10 @@ def summary(folder: Path) -> dict[str, Any]:
         ]  # fmt: skip
         (folder / "tests.xml").unlink()
     (folder / "parts.jsonl").unlink()
+    for name in ("build", "sanitize"):  # files are few where they are fetched from afar
+        if (folder / f"{name}.json").exists():
+            result[name] = json.loads((folder / f"{name}.json").read_text())
+            (folder / f"{name}.json").unlink()
     late = re.findall(r"SKIPPED \[(\d+)\].*no time left", (folder / "log.txt").read_text())
     result["benchmarks without time"] = sum(map(int, late))
     print(json.dumps(result, indent=1))

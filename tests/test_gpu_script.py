@@ -28,7 +28,7 @@ def test_dry_run(tmp_path):
     done = run(tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    parts = "accuracy", "benchmarks", "build", "launch_settings", "machine", "repeats", "sanitize", "summary"
+    parts = "accuracy", "benchmarks", "launch_settings", "machine", "repeats", "summary"
     assert sorted(results) == sorted(parts)
     assert results["machine"]["torch"] == torch.__version__
     assert all(worst <= 1 for worst in results["accuracy"].values())
@@ -39,6 +39,9 @@ def test_dry_run(tmp_path):
     assert all(isinstance(x, float) for times in results["launch_settings"].values() for x in times.values())
     assert results["summary"]["tests"]["failures"] == results["summary"]["tests"]["errors"] == 0
     assert results["summary"]["tests"]["tests"] > 10
+    assert results["summary"]["benchmarks without time"] == 0
+    assert results["summary"]["build"]["backends"]["triton"] is None
+    assert len(results["summary"]["sanitize"]["ran"]) > 10
     assert (tmp_path / "out" / "log.txt").stat().st_size > 1000
 
 
@@ -47,3 +50,10 @@ def test_parts_that_fail_or_have_no_time_left_are_told(tmp_path):
     assert done.returncode == 1
     parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
     assert [(part["part"], part["status"]) for part in parts] == [("machine", 124), ("repeats", 124)]
+
+
+def test_what_it_does_not_know_is_refused(tmp_path):
+    for arguments, words in ((["machin"], "there is no part machin, only: machine build"), (["--help"], "FOLDER")):
+        done = run(*([tmp_path / "out"] if words != "FOLDER" else []), *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
