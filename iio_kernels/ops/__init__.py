@@ -4,7 +4,7 @@
 - `reference.py`: the formula in plain PyTorch, and its gradient written out. Every backend offers what the Function
   calls, under the same names.
 - `spec.py`: sample inputs, the error allowed, and the sizes of benchmarks with the bytes and operations they take.
-- `schema.py`: the operators that torch sees, with the shapes and dtypes they return. One namespace of torch.ops is
+- `schema.py`: the operators that torch sees, with what they return, and what calls them. One namespace of torch.ops is
   for compiled kernels, of which torch chooses by the device, another for Triton's.
 - `cpu.py`, `triton.py`, `cuda.py`: a backend each, imported when it first serves. Triton kernels stand in `triton.py`,
   C++ and CUDA ones in csrc: `<operation>.h`, `.cpp`, `_bindings.cpp`, and `.cu` (called through `compiled.py`).

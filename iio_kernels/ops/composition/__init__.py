@@ -9,9 +9,10 @@ from torch import Tensor
 
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once
+from iio_kernels._docs import documented
 from iio_kernels.ops.composition import reference
 
-# What the public functions say in the same words; `_documented` puts it in place of {these names}.
+# What the public functions say in the same words; `documented` puts it in place of {these names}.
 _SHARED = {
     "decoded": """decoded: `(B, K, C + 1, H, W)`: for each of K slots a picture of any C >= 1 channels and, last, the
             logit of its mask. Read where it lies if plain or channels last (a pixel's C + 1 numbers adjacent), other
@@ -27,15 +28,7 @@ _SHARED = {
 }
 
 
-def _documented(function: Any) -> Any:
-    if function.__doc__ is None:  # python -OO
-        return function
-    for name, text in _SHARED.items():
-        function.__doc__ = function.__doc__.replace("{" + name + "}", text)
-    return function
-
-
-@_documented
+@documented(_SHARED)
 def compose(decoded: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The slots' pictures under their masks, which are a softmax over slots, and those masks.
 
@@ -79,7 +72,7 @@ def composition_error(
 def composition_error(
     image: Tensor, decoded: Tensor, *, return_masks: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
-@_documented
+@documented(_SHARED)
 def composition_error(
     image: Tensor,
     decoded: Tensor,

@@ -1,4 +1,4 @@
-"""The operators under the composition functions, and what torch.compile needs to know of them. Imports no backend.
+"""The operators under the composition functions: how they are called, and what torch.compile needs to know of them.
 
 decoded (B, K, C + 1, H, W), image (B, C, H, W) and incoming gradients, any strides. Incoming gradients and results are
 in the dtype of the arithmetic; but the gradient to decoded is stored as decoded is, in dtype and layout. What was not
@@ -6,6 +6,8 @@ asked for has no elements.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +31,37 @@ def define(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::composition_forward", new_results)
     torch.library.register_fake(f"{namespace}::composition_backward", new_gradients)
     not_differentiable_by_itself(f"{namespace}::composition_forward")
+
+
+def calls(
+    namespace: str, inputs: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+) -> tuple[Callable, Callable]:
+    """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
+
+    `inputs` makes of decoded and image what that namespace's kernels read.
+    """
+    define(namespace)
+    ops = getattr(torch.ops, namespace)
+
+    def forward(
+        decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_hat, a, errors = ops.composition_forward(*inputs(decoded, image), return_reconstruction, return_masks)
+        return x_hat if return_reconstruction else None, a if return_masks else None, None if image is None else errors
+
+    def backward(
+        d_x_hat: Tensor | None,
+        da: Tensor | None,
+        g: Tensor | None,
+        decoded: Tensor,
+        image: Tensor | None,
+        needs_image_gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        needs_image_gradient = needs_image_gradient and g is not None
+        d_decoded, d_image = ops.composition_backward(d_x_hat, da, g, *inputs(decoded, image), needs_image_gradient)
+        return d_decoded.to(decoded.dtype), d_image.to(image.dtype) if needs_image_gradient else None
+
+    return forward, backward
 
 
 def new_results(

@@ -215,36 +215,13 @@ def _launch(kernel: Any, settings: dict[str, Any], decoded: Tensor, *arguments: 
             kernel[(programs,)](decoded, *arguments, **settings, num_warps=WARPS, enable_fp_fusion=True)
 
 
-schema.define("iio_kernels_triton")
-torch.library.impl("iio_kernels_triton::composition_forward", ("cpu", "cuda"), _composition_forward)
-torch.library.impl("iio_kernels_triton::composition_backward", ("cpu", "cuda"), _composition_backward)
-_ops = torch.ops.iio_kernels_triton
-
-
-def forward(
-    decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """x_hat, a and errors: see `reference.forward`."""
-    x_hat, a, errors = _ops.composition_forward(*_inputs(decoded, image), return_reconstruction, return_masks)
-    return x_hat if return_reconstruction else None, a if return_masks else None, None if image is None else errors
-
-
-def backward(
-    d_x_hat: Tensor | None,
-    da: Tensor | None,
-    g: Tensor | None,
-    decoded: Tensor,
-    image: Tensor | None,
-    needs_image_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients to decoded and image: see `reference.backward`."""
-    needs_image_gradient = needs_image_gradient and g is not None
-    d_decoded, d_image = _ops.composition_backward(d_x_hat, da, g, *_inputs(decoded, image), needs_image_gradient)
-    return d_decoded.to(decoded.dtype), d_image.to(image.dtype) if needs_image_gradient else None
-
-
 def _inputs(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both as they are stored; but what meets a float64 becomes one."""
     if arithmetic_dtype(decoded, image) == torch.float64:
         return decoded.double(), None if image is None else image.double()
     return decoded, image
+
+
+forward, backward = schema.calls("iio_kernels_triton", _inputs)
+torch.library.impl("iio_kernels_triton::composition_forward", ("cpu", "cuda"), _composition_forward)
+torch.library.impl("iio_kernels_triton::composition_backward", ("cpu", "cuda"), _composition_backward)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once
+from iio_kernels._docs import documented
 from iio_kernels.ops.inpainting import reference
 from iio_kernels.ops.inpainting.reference import Inpainter
 
-# The paragraphs that the four public functions share; `_documented` puts them in place of {these names}.
+# The paragraphs that the four public functions share; `documented` puts them in place of {these names}.
 _SHARED = {
     "image": """image: `(B, C, H, W)`, floating point, meant to be in [0, 1]; any C >= 1, any strides.""",
     "masks": """masks: `(B, K, H, W)`, floating point, meant to be in [0, 1] and to sum to 1 over K (a softmax).""",
@@ -33,15 +34,7 @@ _SHARED = {
 }
 
 
-def _documented(function: Any) -> Any:
-    if function.__doc__ is None:  # python -OO
-        return function
-    for name, text in _SHARED.items():
-        function.__doc__ = function.__doc__.replace("{" + name + "}", text)
-    return function
-
-
-@_documented
+@documented(_SHARED)
 def iio_loss(
     image: Tensor,
     masks: Tensor,
@@ -106,7 +99,7 @@ def iio_loss(
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
-@_documented
+@documented(_SHARED)
 def conditional_entropies(
     image: Tensor,
     masks: Tensor,
@@ -150,7 +143,7 @@ def conditional_entropies(
     return ConditionalEntropiesFunction.apply(*_inputs(image, masks), inpainter, name)
 
 
-@_documented
+@documented(_SHARED)
 def interaction_information(
     image: Tensor,
     masks: Tensor,
@@ -198,7 +191,7 @@ def interaction_information(
     return entropy_alone + (H * (1 - 2 * (sizes % 2))).sum(2)
 
 
-@_documented
+@documented(_SHARED)
 def inpaint(
     image: Tensor,
     masks: Tensor,

@@ -1,4 +1,4 @@
-"""The operators under the inpainting functions, and what torch.compile needs to know of them. Imports no backend.
+"""The operators under the inpainting functions: how they are called, and what torch.compile needs to know of them.
 
 image (B, C, H, W) and masks (B, K, H, W), any strides. Results are in the dtype of the arithmetic. What was not asked
 for has no elements.
@@ -6,11 +6,17 @@ for has no elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from iio_kernels._autograd import not_differentiable_by_itself
 from iio_kernels._numerics import arithmetic_dtype
+from iio_kernels.ops.inpainting.reference import Inpainter
+
+#: Subsets are visited, never held: time is the limit, 2^K a pixel.
+MAX_MASKS = 16
 
 
 def define(namespace: str) -> None:
@@ -20,6 +26,48 @@ def define(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake)
         if not name.endswith("_backward"):
             not_differentiable_by_itself(f"{namespace}::{name}")
+
+
+def arguments(inpainter: Inpainter) -> tuple[float, int, int, float]:
+    """The operators' options."""
+    return inpainter.sigma, inpainter.kernel_size, inpainter.repeats, inpainter.eps
+
+
+def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Callable, ...]:
+    """Define the operators in a namespace: what calls them there, in the order of this function's own.
+
+    `inputs` makes of image and masks what that namespace's kernels read.
+    """
+    define(namespace)
+    ops = getattr(torch.ops, namespace)
+
+    def loss_and_gradient(
+        image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool, needs_masks_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each image's loss (B,) and its gradients: see `reference.loss_and_gradient`."""
+        needs = needs_image_gradient, needs_masks_gradient
+        return ops.iio_loss(*inputs(image, masks), *arguments(inpainter), *needs)
+
+    def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
+        """H (B, K, 2^(K-1) - 1): see `reference.conditional_entropies`."""
+        return ops.conditional_entropies(*inputs(image, masks), *arguments(inpainter))
+
+    def conditional_entropies_backward(
+        grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients to image and masks from that to H."""
+        options = *arguments(inpainter), needs_image_gradient
+        return ops.conditional_entropies_backward(grad, *inputs(image, masks), *options)
+
+    def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
+        """psi (B, M, C, H, W): see `reference.inpaint`."""
+        return ops.inpaint(*inputs(image, masks), *arguments(inpainter))
+
+    def inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
+        """The gradients to image and masks from that to psi."""
+        return ops.inpaint_backward(grad, *inputs(image, masks), *arguments(inpainter))
+
+    return loss_and_gradient, conditional_entropies, conditional_entropies_backward, inpaint, inpaint_backward
 
 
 def _like(x: Tensor, dtype: torch.dtype, wanted: bool = True) -> Tensor:

@@ -22,8 +22,7 @@ from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.inpainting import reference, schema
 from iio_kernels.ops.inpainting.reference import Inpainter
 
-#: Subsets are visited, never held: time is the limit, 2^K a pixel.
-MAX_MASKS = 16
+MAX_MASKS = schema.MAX_MASKS
 
 NEGLIGIBLE = tl.constexpr(reference.NEGLIGIBLE)
 
@@ -647,7 +646,7 @@ class _Call:
 
     def filter(self, products: bool) -> None:
         """planes <- the filtered products, or themselves filtered."""
-        sigma, taps, repeats, eps = _options(self.inpainter)
+        sigma, taps, repeats, eps = schema.arguments(self.inpainter)
         count = self.B * self.K * (self.C + 1)
         PLANES, LANES = _block(count, max(self.H, self.W), *LINES)
         most = max(66 // taps, 1)
@@ -765,11 +764,10 @@ def _inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, *inpainter: fl
     return dimage, dmasks
 
 
-def _options(inpainter: Inpainter) -> tuple[float, int, int, float]:
-    return inpainter.sigma, inpainter.kernel_size, inpainter.repeats, inpainter.eps
-
-
-schema.define("iio_kernels_triton")
+#: The kernels read any storage type.
+loss_and_gradient, conditional_entropies, conditional_entropies_backward, inpaint, inpaint_backward = schema.calls(
+    "iio_kernels_triton", lambda image, masks: (image, masks)
+)
 for _implementation in (
     _iio_loss,
     _conditional_entropies,
@@ -778,36 +776,3 @@ for _implementation in (
     _inpaint_backward,
 ):
     torch.library.impl(f"iio_kernels_triton::{_implementation.__name__[1:]}", ("cpu", "cuda"), _implementation)
-_ops = torch.ops.iio_kernels_triton
-
-
-# ---- What every backend offers --------------------------------------------------------------------------------------
-
-
-def loss_and_gradient(
-    image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool, needs_masks_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each image's loss (B,) and its gradients: see `reference.loss_and_gradient`."""
-    return _ops.iio_loss(image, masks, *_options(inpainter), needs_image_gradient, needs_masks_gradient)
-
-
-def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
-    """H (B, K, 2^(K-1) - 1): see `reference.conditional_entropies`."""
-    return _ops.conditional_entropies(image, masks, *_options(inpainter))
-
-
-def conditional_entropies_backward(
-    grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients to image and masks from that to H."""
-    return _ops.conditional_entropies_backward(grad, image, masks, *_options(inpainter), needs_image_gradient)
-
-
-def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
-    """psi (B, M, C, H, W): see `reference.inpaint`."""
-    return _ops.inpaint(image, masks, *_options(inpainter))
-
-
-def inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
-    """The gradients to image and masks from that to psi."""
-    return _ops.inpaint_backward(grad, image, masks, *_options(inpainter))

@@ -7,10 +7,13 @@ Layouts: q (B, H, K, Dk), k (B, H, N, Dk), v (B, H, N, Dv) or None for k itself;
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from iio_kernels._autograd import not_differentiable_by_itself
+from iio_kernels._numerics import cast
 from iio_kernels.ops.slot_attention.reference import Options
 
 OPTIONS = "float scale, float eps, bool eps_in_weights, bool normalize, bool joint_heads"
@@ -29,6 +32,59 @@ def define(namespace: str) -> None:
     torch.library.register_fake(forward, _forward)
     torch.library.register_fake(backward, _backward)
     not_differentiable_by_itself(forward)
+
+
+def calls(namespace: str, inputs: Callable[..., tuple], widens: bool) -> tuple[Callable, Callable]:
+    """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
+
+    `inputs` makes of q to input_mask what that namespace's kernels read; with `widens` they read the gradient to A in
+    the arithmetic's dtype only.
+    """
+    define(namespace)
+    ops = getattr(torch.ops, namespace)
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        logit_bias: Tensor | None,
+        slot_mask: Tensor | None,
+        input_mask: Tensor | None,
+        options: Options,
+        return_attention: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        read = inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
+        U, S, A = ops.slot_attention_forward(*read, *arguments(options), return_attention)
+        out_dtype = (k if v is None else v).dtype
+        U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
+        return U, S, cast(A.view(*q.shape[:-1], k.shape[-2]), out_dtype) if return_attention else None
+
+    def backward(
+        dU: Tensor,
+        dS: Tensor | None,
+        dA: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        logit_bias: Tensor | None,
+        slot_mask: Tensor | None,
+        input_mask: Tensor | None,
+        U: Tensor,
+        S: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        read = inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
+        if widens:
+            dU, dA = dU.to(U.dtype), None if dA is None else dA.to(U.dtype)
+        dU, dA, U = (None if x is None else four(x, options, 2) for x in (dU, dA, U))
+        dS, S = (None if x is None else four(x, options, 1) for x in (dS, S))
+        gradients = ops.slot_attention_backward(dU, dS, dA, *read, U, S, *arguments(options))
+        return tuple(
+            None if x is None else gradient.view(x.shape).to(x.dtype)
+            for gradient, x in zip(gradients, (q, k, v, logit_bias), strict=True)
+        )
+
+    return forward, backward
 
 
 def _forward(

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iio_kernels._numerics import arithmetic_dtype, cast
+from iio_kernels._numerics import arithmetic_dtype
 from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
@@ -596,54 +596,6 @@ def slot_attention_backward(
 
 # --- the operators, and what calls them ---------------------------------------------------------------------------
 
-schema.define("iio_kernels_triton")
-for operator in (slot_attention_forward, slot_attention_backward):
-    torch.library.impl(f"iio_kernels_triton::{operator.__name__}", ("cpu", "cuda"), operator)
-_ops = torch.ops.iio_kernels_triton
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    options: Options,
-    return_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """U, S and A: see `reference.forward`."""
-    inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    U, S, A = _ops.slot_attention_forward(*inputs, *schema.arguments(options), return_attention)
-    out_dtype = (k if v is None else v).dtype
-    U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
-    return U, S, cast(A.view(*q.shape[:-1], k.shape[-2]), out_dtype) if return_attention else None
-
-
-def backward(
-    dU: Tensor,
-    dS: Tensor | None,
-    dA: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    U: Tensor,
-    S: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients to q, k, v and logit_bias: see `reference.backward`."""
-    inputs = _inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
-    dU, dA, U = (None if x is None else schema.four(x, options, 2) for x in (dU, dA, U))
-    dS, S = (None if x is None else schema.four(x, options, 1) for x in (dS, S))
-    gradients = _ops.slot_attention_backward(dU, dS, dA, *inputs, U, S, *schema.arguments(options))
-    return tuple(
-        None if x is None else gradient.view(x.shape).to(x.dtype)
-        for gradient, x in zip(gradients, (q, k, v, logit_bias), strict=True)
-    )
-
 
 def _inputs(
     q: Tensor,
@@ -663,3 +615,8 @@ def _inputs(
         for own, group in ((2, matrices), (1, vectors))
         for x in group
     )
+
+
+forward, backward = schema.calls("iio_kernels_triton", _inputs, widens=False)
+for operator in (slot_attention_forward, slot_attention_backward):
+    torch.library.impl(f"iio_kernels_triton::{operator.__name__}", ("cpu", "cuda"), operator)
