@@ -3,9 +3,12 @@
     python train.py --dataset tetrominoes --fine-tune iio            # the preset fits the machine
     python train.py --resume runs/tetrominoes-quick-iio-seed0        # continue an interrupted run
     python train.py --eval-only runs/.../after.safetensors --data tetrominoes_train.tfrecords
+    python train.py --from-pretrained --fine-tune iio                # fine-tune the weights that come with this
+    python train.py --table1 --seeds 3                               # the paper's table 1, mean and std
+    torchrun --nproc-per-node 4 train.py --fine-tune iio             # on four processes, a GPU each
 
-The file reads top to bottom: configuration, the run's folder, the model and its losses, the scores, the loop, the
-picture, and `main`, which calls them in that order. Every random number of a run is a function of its seed and the
+The file reads top to bottom: configuration, processes, the run's folder, the model and its losses, the step, the
+scores, the loop, the picture, several runs, and `main`. Every random number of a run is a function of its seed and the
 step, so a resumed run ends with the weights of one that was never interrupted.
 """
 
@@ -22,6 +25,7 @@ import pickle
 import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,15 +35,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import iio_kernels
-from data import DataError, Scenes, TetrominoesGenerator, load, scores
+from data import DataError, ResidentScenes, Scenes, TetrominoesGenerator, load, scores
 from models.slot_attention import Scene, SlotAttentionAutoEncoder
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -93,7 +98,7 @@ class Config:
     """Width of the encoder's MLP, which makes the inputs to Slot Attention."""
 
     batch_size: int | None = None
-    """Scenes in a step."""
+    """Scenes in a step, over all processes."""
     optimizer: Literal["adam", "muon"] | None = None
     """adam, as published; or muon: Muon for hidden matrices and convolutions, Adam for the rest, at one rate."""
     lr: float | None = None
@@ -119,6 +124,16 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of convolutions and linear layers; attention, losses and weights are float32 always. auto: bf16 in quick and
     smoke where the hardware multiplies it, otherwise fp32."""
+    cuda_graph: bool = True
+    """On a GPU, with Adam and one process: capture the whole step once and replay it without a word from the host."""
+
+    seeds: int = 1
+    """Train this many times, with --seed and the seeds after it, and give mean and standard deviation of the scores."""
+    table1: bool = False
+    """Train what table 1 of the IIO paper compares: pre-training alone 1.1 and 4 times as long as the preset's (55 and
+    200 epochs), and the preset's with its fine-tuning (50 + 5 epochs)."""
+    score_steps: tuple[int, ...] = ()
+    """Steps of pre-training after which it is scored and its weights are kept, besides its end."""
 
     out: Path | None = None
     """Folder of the run, by default runs/DATASET-PRESET[-iio]-seedSEED."""
@@ -126,8 +141,10 @@ class Config:
     """Folder of an interrupted run, to continue with its own options."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Start from these weights (.safetensors) instead of from scratch, with their architecture."""
+    from_pretrained: bool = False
+    """Start from the weights that come with this, pre-trained on the data set, instead of pre-training."""
     eval_only: Path | None = None
-    """Score these weights (.safetensors) and train nothing."""
+    """Score these weights (.safetensors) and train nothing; `pretrained`: those that come with this."""
 
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
@@ -161,6 +178,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: The weights that come with this, before and after fine-tuning.
+PRETRAINED = Path(__file__).with_name("models") / "pretrained"
+
+#: Sources of scenes up to this many bytes are kept in the device's memory.
+RESIDENT = 4 << 30
+
+
 class UsageError(Exception):
     """The run cannot start as asked, for a reason the user can mend: one line, no traceback."""
 
@@ -186,13 +210,19 @@ def resolve(config: Config) -> Config:
             raise UsageError(f"{option(steps)} and {option(epochs)} exclude each other")
         if given:
             defaults.pop(epochs, None), defaults.pop(steps, None)
+    if config.from_pretrained:
+        if config.from_ is not None:
+            raise UsageError("--from-pretrained and --from exclude each other")
+        if config.steps is None and config.epochs is None:
+            defaults.pop("epochs", None), defaults.update(steps=0)
+        defaults["from_"] = PRETRAINED / f"{config.dataset}-before.safetensors"
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if preset != "paper" and multiplies_bfloat16(device) else "fp32"
     config = dataclasses.replace(config, **defaults, preset=preset, device=str(device), precision=precision)
 
-    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life",
+    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life", "seeds",
                   "log_every", "eval_every"):  # fmt: skip
         if not getattr(config, name) >= 1:
             raise UsageError(f"{option(name)}: expected at least 1, got {getattr(config, name)}")
@@ -209,6 +239,13 @@ def resolve(config: Config) -> Config:
         raise UsageError(f"--seed: expected a number in [0, 2**31), got {config.seed}")
     if precision == "bf16" and not multiplies_bfloat16(device):
         raise UsageError(f"--precision bf16: {device.type} has no bfloat16 arithmetic here; use fp32")
+    if config.batch_size % num_ranks():
+        raise UsageError(f"--batch-size {config.batch_size}: expected a multiple of the {num_ranks()} processes")
+    last = phase_steps(config)["pre-training"]
+    if any(not 0 < step <= last for step in config.score_steps):
+        raise UsageError(f"--score-steps: expected steps in 1..{last}, got {' '.join(map(str, config.score_steps))}")
+    if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps):
+        raise UsageError("--table1 takes --fine-tune iio, starts from scratch and chooses its own --score-steps")
     return config
 
 
@@ -236,6 +273,64 @@ def phase_steps(config: Config) -> dict[str, int]:
     return phases
 
 
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def num_ranks() -> int:
+    """How many processes train together, as torchrun started them; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def rank() -> int:
+    """Which of them this is. Number 0 alone writes and prints."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def meet_other_ranks(config: Config) -> None:
+    """Meet the other processes. Of several, each takes the GPU of its number on its machine, and calls it "cuda"."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        if num_ranks() > 1 and device.index is not None:
+            raise UsageError(f"--device {device}: with several processes each takes a GPU of its own; use cuda")
+        if num_ranks() > 1 and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UsageError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if num_ranks() > 1 else device.index or 0)
+    if num_ranks() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, without gradient."""
+    if num_ranks() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        x /= num_ranks()
+    return x
+
+
+def any_rank(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if num_ranks() > 1:
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        number = int(largest)
+    return number
+
+
+def same_on_all_ranks(x: Any) -> Any:
+    """What process number 0 has."""
+    if num_ranks() > 1:
+        box = [x]
+        dist.broadcast_object_list(box)
+        (x,) = box
+    return x
+
+
+def say(words: str, **options: Any) -> None:
+    if rank() == 0:
+        print(words, flush=True, **options)
+
+
 # ---------------------------------------------------------------------------------------------- the run's folder
 
 
@@ -255,10 +350,12 @@ def open_run(config: Config) -> Path:
     folder = config.out
     if folder is None:
         name = f"{config.dataset}-{config.preset}{'-iio' if config.fine_tune == 'iio' else ''}-seed{config.seed}"
+        name += "-table1" if config.table1 else f"-and-{config.seeds - 1}-more" if config.seeds > 1 else ""
         folder, number = Path("runs", name), 2
         while (folder / "summary.json").exists():
             folder, number = Path("runs", f"{name}-{number}"), number + 1
-    if (folder / "checkpoint.pt").exists() and not (folder / "summary.json").exists():
+    begun = (folder / "checkpoint.pt").exists() or (several(config) and (folder / "config.json").exists())
+    if begun and not (folder / "summary.json").exists():
         raise UsageError(f"{folder} holds an unfinished run: continue it with {resume_command(folder)}, "
                          f"or choose another --out")  # fmt: skip
     if (folder / "summary.json").exists():
@@ -282,13 +379,14 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
     try:
         saved = json.loads((folder / "config.json").read_text())
         saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
-        return Config(**saved), folder
+        return Config(**saved | {"score_steps": tuple(saved["score_steps"])}), folder
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--resume: {folder} holds no run ({error})") from None
 
 
 def resume_command(folder: Path) -> str:
-    return f"python train.py --resume {shlex.quote(str(folder))}"
+    program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if num_ranks() > 1 else "python"
+    return f"{program} train.py --resume {shlex.quote(str(folder))}"
 
 
 def save_weights(path: Path, model: SlotAttentionAutoEncoder, config: Config, results: dict) -> None:
@@ -358,39 +456,52 @@ class Metrics:
 
 
 def open_scenes(config: Config) -> Scenes:
-    """The data set: training scenes first, scoring scenes behind them."""
-    if config.data is None:
-        return TetrominoesGenerator(config.num_scenes + config.eval_scenes)
-    try:
-        source = load(config.data, dataset=config.dataset)
-    except OSError as error:
-        raise UsageError(f"--data: {error}") from None
+    """The data set: training scenes first, scoring scenes behind them; on the device where they are not too many."""
     needed = config.num_scenes + config.eval_scenes
-    if config.eval_only is None and len(source) < needed:
+    if config.data is None:
+        source = TetrominoesGenerator(needed)
+    else:
+        try:
+            source = load(config.data, dataset=config.dataset)
+        except OSError as error:
+            raise UsageError(f"--data: {error}") from None
+    if config.eval_only is not None:
+        return source
+    if len(source) < needed:
         raise UsageError(
             f"--data: {config.data} holds {len(source):,} scenes, and --num-scenes {config.num_scenes} with "
             f"--eval-scenes {config.eval_scenes} take {needed:,}: lower them"
         )
-    return source
+    bytes_in_all = len(source) * 4 * math.prod(source.size)
+    return ResidentScenes(source, config.device) if bytes_in_all <= RESIDENT else source
 
 
 class Order:
-    """Which scenes each step sees: a fresh permutation every epoch, by seed and step alone."""
+    """Which scenes each step sees: a fresh permutation every epoch, by seed and step alone. They lie on the device."""
 
     def __init__(self, config: Config) -> None:
         self.seed, self.length, self.batch_size = config.seed, config.num_scenes, config.batch_size
+        self.device = config.device
         self.epoch, self.permutation = -1, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return torch.stack([self._scene(position) for position in positions])
+        """All of the step's scenes, or of several processes this one's share."""
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while position < end:
+            epoch, place = divmod(position, self.length)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch))
+                permutation = torch.randperm(self.length, generator=generator)
+                self.epoch, self.permutation = epoch, permutation.to(self.device)
+            parts.append(self.permutation[place : place + end - position])
+            position += len(parts[-1])
+        return share(torch.cat(parts))
 
-    def _scene(self, position: int) -> Tensor:
-        epoch, place = divmod(position, self.length)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(self.length, generator=generator)
-        return self.permutation[place]
+
+def share(batch: Tensor) -> Tensor:
+    """This process's rows of a tensor for all."""
+    return batch.chunk(num_ranks())[rank()]
 
 
 def hash_seed(*numbers: int) -> int:
@@ -401,6 +512,9 @@ def hash_seed(*numbers: int) -> int:
 #: What `SlotAttentionAutoEncoder` takes from a `Config`, and weights carry with them.
 ARCHITECTURE = ("channels", "kernel_size", "input_size", "num_slots", "iterations")
 
+#: D, as published.
+SLOT_SIZE = 64
+
 
 def architecture(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ARCHITECTURE}
@@ -408,27 +522,33 @@ def architecture(config: Config) -> dict[str, Any]:
 
 def build_model(config: Config, resolution: tuple[int, int]) -> SlotAttentionAutoEncoder:
     torch.manual_seed(hash_seed(config.seed, 0))
-    model = SlotAttentionAutoEncoder(resolution, **architecture(config))
+    model = SlotAttentionAutoEncoder(resolution, slot_size=SLOT_SIZE, **architecture(config))
     return model.to(config.device, memory_format=torch.channels_last)
 
 
-def apply_model(model: SlotAttentionAutoEncoder, pixels: Tensor, config: Config, *seed: int) -> tuple[Scene, Tensor]:
-    """What the model makes of images (uint8, B 3 H W), and those images in [0, 1]. `seed` draws the initial slots."""
+def draw_noise(config: Config, batch: int, *seed: int) -> Tensor:
+    """Standard normal numbers for the initial slots of a batch, by the run's seed and what else names the batch."""
     generator = torch.Generator(config.device).manual_seed(hash_seed(config.seed, *seed))
+    return torch.randn(batch, config.num_slots, SLOT_SIZE, generator=generator, device=config.device)
+
+
+def apply_model(model: nn.Module, pixels: Tensor, noise: Tensor, config: Config) -> tuple[Scene, Tensor]:
+    """What the model makes of images (uint8, B 3 H W) with initial slots by `noise`, and those images in [0, 1]."""
     image = pixels / 255
     with torch.autocast(image.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return model(image * 2 - 1, generator=generator), image
+        return model(image * 2 - 1, noise=noise), image
 
 
 def losses(scene: Scene, image: Tensor, phase: str, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a phase, and its parts for the log."""
-    error = F.mse_loss(scene.reconstruction, image * 2 - 1)
+    error, masks = scene.error(image * 2 - 1)
     if phase == "pre-training":
-        return error, {"mse": error}
-    iio = iio_kernels.iio_loss(image, scene.masks)
-    # The IIO loss alone would let go of the image: the hinge brings the error back whenever it leaves the margin.
-    hinge = torch.where(error > config.margin, config.hinge_scale * error, 0.0)
-    return iio + hinge, {"mse": error, "iio": iio}
+        return error, {"mse": error.detach()}
+    iio = iio_kernels.iio_loss(image, masks)
+    # The IIO loss alone would let go of the image: the hinge brings the error back whenever it leaves the margin. It
+    # switches on the device, which nothing waits for, and for all processes alike.
+    hinge = torch.where(mean_over_ranks(error) > config.margin, config.hinge_scale * error, 0.0)
+    return iio + hinge, {"mse": error.detach(), "iio": iio.detach()}
 
 
 class Optimizer:
@@ -444,8 +564,11 @@ class Optimizer:
         muon = [p for p in model.parameters() if config.optimizer == "muon" and self.is_hidden_matrix(p)]
         adam = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
         self.matrices = [(p, nn.Parameter(self.as_matrix(p.detach()))) for p in muon]
+        # On a GPU the rate and the count of steps lie there, too, where a captured step reads them.
+        on_gpu = torch.device(config.device).type == "cuda"
+        rate = torch.zeros((), device=config.device) if on_gpu else 0.0
         self.parts: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(adam, betas=(0.9, 0.999), eps=1e-8, fused=True)
+            "adam": torch.optim.Adam(adam, rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
         }
         if muon:
             matrices = [matrix for _, matrix in self.matrices]
@@ -461,13 +584,25 @@ class Optimizer:
         """A view (out, in), or (out, k * k * in) of a convolution's weight, which must be channels last."""
         return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).view(tensor.shape[0], -1)
 
-    def step(self, rate: float) -> None:
+    def set_rate(self, rate: float) -> None:
+        for part in self.parts.values():
+            for group in part.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    def step(self) -> None:
         for parameter, matrix in self.matrices:
             matrix.grad = None if parameter.grad is None else self.as_matrix(parameter.grad)
         for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = rate
             part.step()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that the optimizer remembers from step to step."""
+        for part in self.parts.values():
+            for state in part.state.values():
+                yield from (x for x in state.values() if isinstance(x, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -482,6 +617,76 @@ def learning_rate(step: int, peak: float, config: Config) -> float:
     return peak * min(1.0, (step + 1) / max(1, config.warmup_steps)) * 0.5 ** (step / config.half_life)
 
 
+# ---------------------------------------------------------------------------------------------- the step
+
+
+class Step:
+    """A step of one phase: forward, backward, clip, optimizer. All it learns stays on the device; nothing waits for it.
+
+    On a GPU, with Adam and one process, the first call captures the step in a CUDA graph and all calls replay it: some
+    hundred launches then cost the host as much as one. Muon reads its rate on the host, and several processes meet in
+    the middle of the backward pass: these launch each kernel.
+
+    Attributes:
+        values: of the last step, scalars: "mse", "iio" in fine-tuning, "gradient_norm" before clipping.
+        bad: the first step whose loss or gradient was no number, -1 while there is none.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, phase: str, config: Config, number: int = 0) -> None:
+        self.model, self.optimizer, self.phase, self.config = model, optimizer, phase, config
+        self.number = torch.tensor(number, device=config.device)
+        self.bad = torch.tensor(-1, device=config.device)
+        self.values: dict[str, Tensor] = {}
+        on_gpu = self.number.is_cuda
+        self.captures = on_gpu and config.cuda_graph and config.optimizer == "adam" and num_ranks() == 1
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, pixels: Tensor, noise: Tensor, rate: float) -> None:
+        """Step with images (uint8, B 3 H W), noise for the initial slots (B, K, D) and a learning rate."""
+        self.optimizer.set_rate(rate)
+        if not self.captures:
+            self.values = self.compute(pixels, noise)
+            return
+        if self.graph is None:
+            self.capture(pixels, noise)
+        self.pixels.copy_(pixels)
+        self.noise.copy_(noise)
+        self.graph.replay()
+
+    def compute(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        loss, values = losses(*apply_model(self.model, pixels, noise, self.config), self.phase, self.config)
+        self.model.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        self.optimizer.step()
+        wrong = (self.bad < 0) & ~(loss.detach() + norm).isfinite()
+        self.bad.copy_(torch.where(wrong, self.number, self.bad))
+        self.number += 1
+        return values | {"gradient_norm": norm}
+
+    def capture(self, pixels: Tensor, noise: Tensor) -> None:
+        """Capture `compute`. A trial before it compiles kernels and makes the optimizer's state; then it is undone."""
+
+        def tensors() -> Iterator[Tensor]:
+            yield from (self.number, self.bad, *self.model.parameters(), *self.optimizer.tensors())
+
+        self.pixels, self.noise = pixels.clone(), noise.clone()
+        before = {id(x): x.detach().clone() for x in tensors()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.compute(self.pixels, self.noise)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for x in tensors():
+                x.copy_(before[id(x)]) if id(x) in before else x.zero_()
+        self.model.zero_grad()  # so that the graph's own memory will hold the gradients
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.values = self.compute(self.pixels, self.noise)
+
+
 # ---------------------------------------------------------------------------------------------- scores
 
 SCORES = ("ari", "fg_ari", "miou", "mbo", "mse")
@@ -489,39 +694,52 @@ SCORES = ("ari", "fg_ari", "miou", "mbo", "mse")
 
 @torch.no_grad()
 def evaluate(model: SlotAttentionAutoEncoder, source: Scenes, indices: Tensor, draws: int, config: Config) -> dict:
-    """Scores of the masks' argmax, mean over scenes: {"ari": mean over draws, "ari_std": ..., "fg_ari": ...}."""
-    results: dict[str, list[float]] = {name: [] for name in SCORES}
+    """Scores of the masks' argmax, mean over scenes: {"ari": mean over draws, "ari_std": ..., "fg_ari": ...}.
+
+    Several processes share the scenes and know the scores of all.
+    """
+    sums = torch.zeros(draws, len(SCORES), dtype=torch.float64)
     for draw in range(draws):
-        parts: dict[str, list[Tensor]] = {name: [] for name in SCORES}
         for i, chunk in enumerate(indices.split(64)):
+            if i % num_ranks() != rank():
+                continue
             pixels, truth = source.batch(chunk, device=config.device)
-            scene, image = apply_model(model, pixels, config, -1, draw, i)
-            sizes = dict(num_true=source.num_entities, num_pred=scene.masks.shape[1])
-            predicted = scene.masks.argmax(1)
-            parts["ari"].append(scores.adjusted_rand_index(truth, predicted, **sizes))
-            parts["fg_ari"].append(scores.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True))
-            parts["miou"].append(scores.mean_iou(truth, predicted, **sizes))
-            parts["mbo"].append(scores.mean_best_overlap(truth, predicted, **sizes))
-            parts["mse"].append(scores.mean_squared_error(scene.reconstruction, image * 2 - 1))
-        for name, values in parts.items():
-            results[name].append(torch.cat(values).double().mean().item())
-    summary = {}
-    for name, values in results.items():
-        mean = sum(values) / draws
-        summary[name] = mean
-        summary[name + "_std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / draws)
-    return summary
+            scene, image = apply_model(model, pixels, draw_noise(config, len(chunk), -1, draw, i), config)
+            reconstruction, masks = scene.compose()
+            sizes = dict(num_true=source.num_entities, num_pred=masks.shape[1])
+            predicted = masks.argmax(1)
+            each = {
+                "ari": scores.adjusted_rand_index(truth, predicted, **sizes),
+                "fg_ari": scores.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True),
+                "miou": scores.mean_iou(truth, predicted, **sizes),
+                "mbo": scores.mean_best_overlap(truth, predicted, **sizes),
+                "mse": scores.mean_squared_error(reconstruction, image * 2 - 1),
+            }
+            sums[draw] += torch.stack([each[name].double().sum() for name in SCORES]).cpu()
+    if num_ranks() > 1:
+        dist.all_reduce(sums)
+    means = sums / len(indices)
+    summary = {name: means[:, i].mean().item() for i, name in enumerate(SCORES)}
+    return summary | {f"{name}_std": means[:, i].std(correction=0).item() for i, name in enumerate(SCORES)}
 
 
-def table(results: dict[str, dict], config: Config) -> str:
-    """The scores as table 1 of the IIO paper prints them, in percent."""
-    phases = phase_steps(config)
-    names = {"before": f"Slot Attention, {phases['pre-training']:,} steps",
-             "after": f"  + IIO, {phases.get('fine-tuning', 0):,} steps"}  # fmt: skip
+def row_name(key: str, config: Config) -> str:
+    """What a table calls the scores that a run keeps under `key`."""
+    steps = phase_steps(config)
+    if key.startswith("step-"):
+        return f"Slot Attention, {int(key.removeprefix('step-')):,} steps"
+    begun = "" if config.from_ is None else f"{config.from_.stem}, "
+    if key == "before":
+        return f"{begun or 'Slot Attention, '}{steps['pre-training']:,} steps"
+    return f"{begun.rstrip(', ') if not steps['pre-training'] else ' '} + IIO, {steps['fine-tuning']:,} steps"
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Scores as table 1 of the IIO paper prints them, in percent."""
     lines = [f"{'':36}{'ARI':>14}{'FG-ARI':>14}{'mIoU':>14}{'MSE':>10}"]
-    for key, scored in results.items():
+    for name, scored in rows.items():
         cells = [f"{100 * scored[n]:.2f} ± {100 * scored[n + '_std']:.2f}" for n in ("ari", "fg_ari", "miou")]
-        lines.append(f"{names.get(key, key):36}" + "".join(f"{c:>14}" for c in cells) + f"{scored['mse']:>10.4f}")
+        lines.append(f"{name:36}" + "".join(f"{c:>14}" for c in cells) + f"{scored['mse']:>10.4f}")
     return "\n".join(lines)
 
 
@@ -544,6 +762,10 @@ class Diverged(Exception):
     """The loss is no longer a number."""
 
 
+class RankLost(Exception):
+    """Another process of the job is gone."""
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM came, and the run's state is saved."""
 
@@ -553,11 +775,14 @@ class Interrupted(Exception):
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], int | None]]:
-    """Ctrl-C and SIGTERM wait for the end of the step, where the state is whole; a second one does not wait."""
+    """Ctrl-C and SIGTERM wait for the end of the step, where the state is whole; a second one does not wait.
+
+    But torchrun passes on what its processes get from the terminal, too; it kills what does not stop.
+    """
     received: list[int] = []
 
     def remember(signum: int, frame: Any) -> None:
-        if received:
+        if received and num_ranks() == 1:
             raise KeyboardInterrupt
         received.append(signum)
 
@@ -572,11 +797,13 @@ def deferred_signals() -> Iterator[Callable[[], int | None]]:
 class Run:
     """A run of all phases in its folder, from the last checkpoint if the folder holds one."""
 
-    def __init__(self, config: Config, folder: Path, source: Scenes, weights: dict[str, Tensor] | None) -> None:
+    def __init__(self, config: Config, folder: Path, source: Scenes) -> None:
         self.begun = time.monotonic()
+        if config.from_ is not None:
+            config, weights = load_weights(config.from_, config)
         self.config, self.folder, self.source, self.phases = config, folder, source, phase_steps(config)
         self.model, self.order = build_model(config, source.size), Order(config)
-        if weights is not None:
+        if config.from_ is not None:
             restore(self.model, weights, config.from_)
         self.unseen = torch.arange(config.num_scenes, config.num_scenes + config.eval_scenes)
         state: dict[str, Any] = {"phase": 0, "step": 0, "seconds": 0.0, "results": "{}", "optimizer": None}
@@ -586,101 +813,129 @@ class Run:
         self.phase, self.step, self.optimizer_state = state["phase"], state["step"], state["optimizer"]
         self.seconds_before, self.results = state["seconds"], json.loads(state["results"])
         done = sum(list(self.phases.values())[: self.phase]) + self.step
-        self.metrics = Metrics(folder, done)
-        print(greeting(config, self.phases, done, self.model, source), flush=True)
+        self.metrics = Metrics(folder, done) if rank() == 0 else None
+        say(greeting(config, self.phases, done, self.model, source))
+        # What is trained: with several processes, the model with its gradients averaged over them.
+        self.trained: nn.Module = self.model
+        if num_ranks() > 1:
+            devices = [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
+            self.trained = DistributedDataParallel(self.model, devices)
 
     @property
     def seconds(self) -> float:
         """What the run has taken, without the time in which it was interrupted."""
         return self.seconds_before + time.monotonic() - self.begun
 
-    def train(self) -> None:
-        """Train what is left of the phases; leave scores, weights and picture."""
+    def train(self) -> dict[str, Any]:
+        """Train what is left of the phases; leave scores, weights and picture. Return the summary."""
         with deferred_signals() as signalled:
             for number in range(self.phase, len(self.phases)):
-                self.train_phase(number, signalled)
-                if (interrupt := signalled()) is not None and number + 1 < len(self.phases):
+                try:
+                    self.train_phase(number, signalled)
+                except RuntimeError as error:
+                    if num_ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                        raise RankLost(str(error).splitlines()[0]) from error
+                    raise
+                if (interrupt := signalled()) is not None and number + 1 < len(self.phases) and num_ranks() == 1:
                     raise Interrupted(interrupt)
-        draw_masks(self.folder, self.config, self.source, self.unseen[:6])
         summary = {**self.results, "config": to_json(self.config), "versions": versions(),
                    "seconds": round(self.seconds, 1)}  # fmt: skip
-        write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"\nScores on {len(self.unseen):,} unseen scenes, mean ± std over {self.config.eval_draws} draws of the "
-              f"initial slots, after {self.seconds / 60:.1f} min:\n{table(self.results, self.config)}\n\n"
-              f"Picture, scores and weights: {self.folder}/masks.png, summary.json, *.safetensors")  # fmt: skip
+        if rank() == 0:
+            draw_masks(self.folder, self.config, self.source, self.unseen[:6])
+            write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        rows = {row_name(key, self.config): scored for key, scored in self.results.items()}
+        say(f"\nScores on {len(self.unseen):,} unseen scenes, mean ± std over {self.config.eval_draws} draws of the "
+            f"initial slots, after {self.seconds / 60:.1f} min:\n{table(rows)}\n\n"
+            f"Picture, scores and weights: {self.folder}/masks.png, summary.json, *.safetensors")  # fmt: skip
+        return summary
 
     def train_phase(self, number: int, signalled: Callable[[], int | None]) -> None:
         """Train one phase from `self.step` to its end, and score it."""
-        config, model = self.config, self.model
+        config = self.config
         phase, steps = list(self.phases.items())[number]
         first = sum(list(self.phases.values())[:number])
         peak = config.lr if phase == "pre-training" else config.fine_tune_lr
-        optimizer = Optimizer(model, config)
+        optimizer = Optimizer(self.model, config)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
-        # The first step whose loss or gradient was no number, kept on the device: looking would wait for it.
-        bad = torch.full((), -1, device=config.device)
+        step_once = Step(self.trained, optimizer, phase, config, self.step)
         saved, good, shown = time.monotonic(), self.step, {}
-        with tqdm(total=steps, initial=self.step, desc=phase, unit="step", disable=not sys.stderr.isatty()) as bar:
+        quiet = rank() > 0 or not sys.stderr.isatty()
+        with tqdm(total=steps, initial=self.step, desc=phase, unit="step", disable=quiet) as bar:
             for step in range(self.step, steps):
                 rate = learning_rate(step, peak, config)
                 pixels, _ = self.source.batch(self.order(first + step), device=config.device)
-                scene, image = apply_model(model, pixels, config, number, step)
-                loss, parts = losses(scene, image, phase, config)
-                model.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-                optimizer.step(rate)
-                bad = torch.where((bad < 0) & ~(loss + norm).isfinite(), step, bad)
+                step_once(pixels, share(draw_noise(config, config.batch_size, number, step)), rate)
                 bar.update()
 
-                interrupt, last = signalled(), step + 1 == steps
+                last = step + 1 == steps
                 logs = (step + 1) % config.log_every == 0 or last
+                interrupt = signalled()
+                if num_ranks() > 1:  # all stop together, where they meet anyway
+                    interrupt = (any_rank(interrupt or 0) or None) if logs else None
                 saves = time.monotonic() - saved > config.checkpoint_every or last or interrupt is not None
-                if (logs or saves) and bad >= 0:
-                    checkpoint = self.folder / "checkpoint.pt"
-                    kept = f"The last good checkpoint is {checkpoint}, of step {good}" if checkpoint.exists() else (
-                        "No checkpoint is saved yet"
-                    )  # fmt: skip
-                    raise Diverged(
-                        f"the loss is no longer a number at step {bad.item() + 1} of {phase}. {kept}; continued from "
-                        f"there the same would happen again: start anew with a smaller --lr, or with --clip 1"
-                    )
+                if logs or saves:
+                    bad = int(step_once.bad)
+                    bad = any_rank(bad) if logs else bad
+                    if bad >= 0:
+                        raise Diverged(
+                            f"the loss is no longer a number at step {bad + 1} of {phase}. {self.kept(good)}; "
+                            f"continued from there the same would happen again: start anew with a smaller --lr, or "
+                            f"with --clip 1"
+                        )
                 if logs:
-                    values = {name: part.item() for name, part in parts.items()}
-                    self.log(first + step + 1, phase, lr=rate, gradient_norm=norm.item(), **values)
-                    shown |= values
+                    values = {name: mean_over_ranks(value).item() for name, value in step_once.values.items()}
+                    self.log(first + step + 1, phase, lr=rate, **values)
+                    shown |= {name: value for name, value in values.items() if name != "gradient_norm"}
                     bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+                if phase == "pre-training" and step + 1 in config.score_steps and not last:
+                    self.score(f"step-{step + 1}", phase, first + step + 1)
                 if (step + 1) % config.eval_every == 0 and not last:
-                    scored = evaluate(model, self.source, self.unseen[:128], 1, config)
+                    scored = evaluate(self.model, self.source, self.unseen[:128], 1, config)
                     self.log(first + step + 1, phase, **{f"eval_{n}": scored[n] for n in SCORES})
                     shown |= {name: scored[name] for name in ("ari", "fg_ari")}
-                    bar.write(
-                        f"{phase} {step + 1:,}/{steps:,}  {self.seconds / 60:.1f} min  MSE {scored['mse']:.4f}  "
-                        f"ARI {100 * scored['ari']:.1f}  FG-ARI {100 * scored['fg_ari']:.1f}"
-                    )
+                    if rank() == 0:
+                        bar.write(
+                            f"{phase} {step + 1:,}/{steps:,}  {self.seconds / 60:.1f} min  MSE {scored['mse']:.4f}  "
+                            f"ARI {100 * scored['ari']:.1f}  FG-ARI {100 * scored['fg_ari']:.1f}"
+                        )
                 if saves:
                     self.save(number, step + 1, optimizer)
                     saved, good = time.monotonic(), step + 1
                 if interrupt is not None:
                     raise Interrupted(interrupt)
 
-        key = "before" if phase == "pre-training" else "after"
-        self.results[key] = evaluate(model, self.source, self.unseen, config.eval_draws, config)
-        print(f"{phase} done after {self.seconds / 60:.1f} min\n{table({key: self.results[key]}, config)}", flush=True)
-        save_weights(self.folder / f"{key}.safetensors", model, config, self.results[key])
-        self.save(number + 1, 0, None)
-        self.log(first + steps, phase, **{f"{key}_{n}": value for n, value in self.results[key].items()})
+        self.score("before" if phase == "pre-training" else "after", phase, first + steps, number + 1)
         self.step, self.optimizer_state = 0, None
 
+    def score(self, key: str, phase: str, step: int, next_phase: int | None = None) -> None:
+        """Score the model on all scoring scenes; keep scores and weights under `key`. `next_phase` begins then."""
+        scored = self.results[key] = evaluate(self.model, self.source, self.unseen, self.config.eval_draws, self.config)
+        say(
+            f"{phase} at step {step:,} after {self.seconds / 60:.1f} min\n{table({row_name(key, self.config): scored})}"
+        )
+        if rank() == 0:
+            save_weights(self.folder / f"{key}.safetensors", self.model, self.config, scored)
+        if next_phase is not None:
+            self.save(next_phase, 0, None)
+        self.log(step, phase, **{f"{key}_{n}": value for n, value in scored.items()})
+
     def log(self, step: int, phase: str, **values: Any) -> None:
-        self.metrics.log(step, seconds=round(self.seconds, 1), phase=phase, **values)
+        if self.metrics is not None:
+            self.metrics.log(step, seconds=round(self.seconds, 1), phase=phase, **values)
 
     def save(self, phase: int, step: int, optimizer: Optimizer | None) -> None:
-        save_checkpoint(self.folder, {
-            "phase": phase, "step": step, "seconds": self.seconds, "results": json.dumps(self.results),
-            "optimizer": None if optimizer is None else optimizer.state_dict(), "model": self.model.state_dict(),
-        })  # fmt: skip
+        if rank() == 0:
+            save_checkpoint(self.folder, {
+                "phase": phase, "step": step, "seconds": self.seconds, "results": json.dumps(self.results),
+                "optimizer": None if optimizer is None else optimizer.state_dict(), "model": self.model.state_dict(),
+            })  # fmt: skip
+
+    def kept(self, step: int) -> str:
+        checkpoint = self.folder / "checkpoint.pt"
+        if not checkpoint.exists():
+            return "No checkpoint is saved yet"
+        return f"The last good checkpoint is {checkpoint}, of step {step}"
 
 
 def restore(model: SlotAttentionAutoEncoder, tensors: dict[str, Tensor], path: Path) -> None:
@@ -694,21 +949,23 @@ def greeting(config: Config, phases: dict[str, int], done: int, model: SlotAtten
     """What will run, and how long it should take: from three steps timed on a copy of the model."""
     trial, times = copy.deepcopy(model), {}
     optimizer = Optimizer(trial, config)
-    pixels, _ = source.batch(torch.arange(config.batch_size) % config.num_scenes, device=config.device)
+    indices = share(torch.arange(config.batch_size) % config.num_scenes)
+    pixels, _ = source.batch(indices, device=config.device)
+    noise = share(draw_noise(config, config.batch_size, 0))
     for phase in phases:
+        step = Step(trial, optimizer, phase, config)
         for _ in range(3):
             begun = time.monotonic()
-            loss, _ = losses(*apply_model(trial, pixels, config, 0), phase, config)
-            loss.backward()
-            optimizer.step(0.0)
-            loss.item()
+            step(pixels, noise, 0.0)
+            step.bad.item()
             times[phase] = time.monotonic() - begun
     total = sum(phases.values())
     minutes = sum(times[phase] * steps for phase, steps in phases.items()) * (1 - done / max(1, total)) / 60
     length = "a minute" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     plan = ", then ".join(f"{steps:,} steps of {phase}" for phase, steps in phases.items())
     where = f"from step {done:,} " if done else ""
-    return f"Preset {config.preset} on {config.device}, {config.precision}: {plan}; {where}about {length}."
+    device = config.device if num_ranks() == 1 else f"{num_ranks()} x {torch.device(config.device).type}"
+    return f"Preset {config.preset} on {device}, {config.precision}: {plan}; {where}about {length}."
 
 
 def versions() -> dict[str, Any]:
@@ -750,13 +1007,14 @@ def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) ->
         _, tensors = load_weights(folder / f"{key}.safetensors", config)
         model = build_model(config, source.size)
         restore(model, tensors, folder)
-        scene, _ = apply_model(model, pixels, config, -1, 0, 0)
-        colours = matched_colours(truth, scene.masks.argmax(1), scene.masks.shape[1])
-        panels.append((title, torch.einsum("bkhw,bkc->bhwc", scene.masks.float().cpu(), colours)))
-    panels.append(("reconstruction", scene.reconstruction.permute(0, 2, 3, 1) / 2 + 0.5))
-    for k in range(scene.masks.shape[1]):
-        mask = scene.masks[:, k, :, :, None].float()
-        shown = mask * (scene.components[:, k].permute(0, 2, 3, 1) / 2 + 0.5) + (1 - mask)
+        scene, _ = apply_model(model, pixels, draw_noise(config, len(indices), -1, 0, 0), config)
+        reconstruction, masks = scene.compose()
+        colours = matched_colours(truth, masks.argmax(1), masks.shape[1])
+        panels.append((title, torch.einsum("bkhw,bkc->bhwc", masks.cpu(), colours)))
+    panels.append(("reconstruction", reconstruction.permute(0, 2, 3, 1) / 2 + 0.5))
+    for k in range(masks.shape[1]):
+        mask = masks[:, k, :, :, None]
+        shown = mask * (scene.decoded[:, k, :3].permute(0, 2, 3, 1).float() / 2 + 0.5) + (1 - mask)
         panels.append((f"slot {k + 1}", shown))
 
     figure, axes = plt.subplots(
@@ -788,45 +1046,138 @@ def matched_colours(truth: Tensor, predicted: Tensor, num_slots: int) -> Tensor:
     return torch.stack(colours)
 
 
+# ---------------------------------------------------------------------------------------------- several runs
+
+
+def several(config: Config) -> bool:
+    return config.seeds > 1 or config.table1
+
+
+def members(config: Config, folder: Path) -> dict[str, Config]:
+    """The runs that several seeds, or the paper's table 1, consist of, by their folders' names, in order."""
+    alone = dataclasses.replace(config, seeds=1, table1=False, out=None)
+    seeds = {f"seed{s}": dataclasses.replace(alone, seed=s) for s in range(config.seed, config.seed + config.seeds)}
+    if not config.table1:
+        return seeds
+    steps = phase_steps(config)["pre-training"]
+    runs = {}
+    for name, run in seeds.items():
+        # One pre-training passes all lengths, and the fine-tuning starts where it stood at the first.
+        runs[f"{name}-plain"] = dataclasses.replace(
+            run, fine_tune="none", steps=4 * steps, epochs=None, score_steps=(steps, math.ceil(1.1 * steps))
+        )
+        weights = folder / f"{name}-plain" / f"step-{steps}.safetensors"
+        runs[f"{name}-iio"] = dataclasses.replace(run, steps=0, epochs=None, from_=weights)
+    return runs
+
+
+def run_several(config: Config, folder: Path, source: Scenes) -> None:
+    """Run all members one after the other, each in its folder; leave mean and standard deviation of their scores."""
+    summaries, runs = {}, members(config, folder)
+    for name, member in runs.items():
+        within = folder / name
+        if not any_rank((within / "summary.json").exists()):
+            if rank() == 0 and not (within / "config.json").exists():
+                open_run(dataclasses.replace(member, out=within))
+            say(f"\n{name}:")
+            Run(member, within, source).train()
+        if rank() == 0:
+            summaries[name] = json.loads((within / "summary.json").read_text())
+    if rank() > 0:
+        return
+    each: dict[str, list[dict]] = {}
+    for name, summary in summaries.items():
+        keys = [key for key in summary if key in KEPT or key.startswith("step-")]
+        for key in keys if runs[name].steps or not config.table1 else ["after"]:
+            each.setdefault(row_name(key, runs[name]), []).append(summary[key])
+    rows = {
+        name: {n: statistics.mean(s[n] for s in scored) for n in SCORES}
+        | {f"{n}_std": statistics.stdev(s[n] for s in scored) if len(scored) > 1 else 0.0 for n in SCORES}
+        | {f"{n}_each": [s[n] for s in scored] for n in SCORES}
+        for name, scored in each.items()
+    }
+    about = {
+        "config": to_json(config),
+        "versions": versions(),
+        "seconds": sum(s["seconds"] for s in summaries.values()),
+    }
+    write(folder / "summary.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
+    write(folder / "summary.md", markdown(rows))
+    say(f"\nScores on {config.eval_scenes:,} unseen scenes, mean ± std over {config.seeds} trainings, after "
+        f"{about['seconds'] / 60:.1f} min:\n{table(rows)}\n\n"
+        f"The same, and each training's: {folder}/summary.json, summary.md")  # fmt: skip
+
+
+#: The names under which a run keeps the scores at the end of its phases.
+KEPT = ("before", "after")
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """A table in Markdown, in percent but for the error, which is that on [-1, 1]."""
+    lines = ["| | ARI | FG-ARI | mIoU | MSE |", "|---|---|---|---|---|"]
+    for name, scored in rows.items():
+        cells = [f"{100 * scored[n]:.1f} ± {100 * scored[f'{n}_std']:.1f}" for n in ("ari", "fg_ari", "miou")]
+        lines.append(f"| {name.strip()} | {' | '.join(cells)} | {scored['mse']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 
 def score_only(config: Config) -> None:
     """Score given weights on the scoring scenes, or on all scenes of a file too short to have any."""
-    config, tensors = load_weights(config.eval_only, config)
-    source = open_scenes(config)
-    first = config.num_scenes if len(source) >= config.num_scenes + config.eval_scenes else 0
-    indices = torch.arange(first, min(first + config.eval_scenes, len(source)))
-    model = build_model(config, source.size)
-    restore(model, tensors, config.eval_only)
-    results = {config.eval_only.name: evaluate(model, source, indices, config.eval_draws, config)}
-    print(f"Scores on {len(indices):,} scenes, mean ± std over {config.eval_draws} draws of the initial slots:\n"
-          f"{table(results, config)}")  # fmt: skip
+    paths = [config.eval_only]
+    if str(config.eval_only) == "pretrained":
+        paths = [PRETRAINED / f"{config.dataset}-{when}.safetensors" for when in KEPT]
+    results = {}
+    for path in paths:
+        config, tensors = load_weights(path, config)
+        source = open_scenes(config)
+        first = config.num_scenes if len(source) >= config.num_scenes + config.eval_scenes else 0
+        indices = torch.arange(first, min(first + config.eval_scenes, len(source)))
+        model = build_model(config, source.size)
+        restore(model, tensors, path)
+        results[path.name] = evaluate(model, source, indices, config.eval_draws, config)
+    say(f"Scores on {len(indices):,} scenes, mean ± std over {config.eval_draws} draws of the initial slots:\n"
+        f"{table(results)}")  # fmt: skip
 
 
 def main() -> None:
     given = tyro.cli(Config)
     keep_freed_memory()
+    folder = None
     try:
         if given.resume is not None:
             config, folder = reopen_run(given)
         else:
-            config, folder = resolve(given), None
-            if config.eval_only is not None:
-                return score_only(config)
+            config = resolve(given)
+        meet_other_ranks(config)
+        if config.eval_only is not None:
+            return score_only(config)
         # All that can be refused is refused before a new run's folder is made.
-        config, weights = (config, None) if config.from_ is None else load_weights(config.from_, config)
+        if config.from_ is not None:
+            load_weights(config.from_, config)
         source = open_scenes(config)
-        folder = folder or open_run(config)
-        Run(config, folder, source, weights).train()
+        if folder is None:
+            folder = same_on_all_ranks(open_run(config) if rank() == 0 else None)
+        if several(config):
+            run_several(config, folder, source)
+        else:
+            Run(config, folder, source).train()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Interrupted as stop:
-        print(f"\nInterrupted; all is saved. To continue: {resume_command(folder)}", file=sys.stderr)
+        say(f"\nInterrupted; all is saved. To continue: {resume_command(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Diverged as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RankLost as error:
+        print(f"train.py: process {rank()} of {num_ranks()} lost another one ({error}). The last checkpoint is whole; "
+              f"on any number of processes, continue with {resume_command(folder)}", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except (UsageError, DataError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 

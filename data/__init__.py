@@ -2,7 +2,7 @@
 
 from . import scores
 from .files import DataError, load
-from .scenes import Scenes
+from .scenes import ResidentScenes, Scenes
 from .tetrominoes import TetrominoesGenerator
 
-__all__ = ["DataError", "Scenes", "TetrominoesGenerator", "load", "scores"]
+__all__ = ["DataError", "ResidentScenes", "Scenes", "TetrominoesGenerator", "load", "scores"]

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Scenes", "check_indices"]
+__all__ = ["ResidentScenes", "Scenes", "check_indices"]
 
 
 @runtime_checkable
@@ -41,14 +41,48 @@ class Scenes(Protocol):
         ...
 
 
-def check_indices(indices: Tensor, length: int) -> None:
-    """Raises a clear error unless `indices` is an int64 vector with every entry in ``[0, length)``."""
+class ResidentScenes:
+    """The scenes of another source, all of them in a device's memory: a batch is then one look-up.
+
+    Follows the `Scenes` protocol. The first batch of a generator or a file takes work or waits for the device to check
+    its indices; here neither happens again, so a training step never waits for its scenes.
+
+    Args:
+        source: the scenes, `len(source) * H * W * 4` bytes in all.
+        device: where they shall lie.
+    """
+
+    def __init__(self, source: Scenes, device: torch.device | str) -> None:
+        self.name, self.size, self.num_entities = source.name, source.size, source.num_entities
+        height, width = source.size
+        self.images = torch.empty(len(source), 3, height, width, dtype=torch.uint8, device=device)
+        self.labels = torch.empty(len(source), height, width, dtype=torch.uint8, device=device)
+        for indices in torch.arange(len(source)).split(1000):
+            chunk = slice(int(indices[0]), int(indices[-1]) + 1)
+            self.images[chunk], self.labels[chunk] = source.batch(indices, device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """Looks the scenes up, where they lie; see `Scenes.batch`. The host does not wait for indices on a GPU."""
+        check_indices(indices, len(self), values=not indices.is_cuda)
+        indices = indices.to(self.images.device)
+        device = indices.device if device is None else device
+        return self.images[indices].to(device), self.labels[indices].to(device)
+
+
+def check_indices(indices: Tensor, length: int, values: bool = True) -> None:
+    """Raises a clear error unless `indices` is an int64 vector with every entry in ``[0, length)``.
+
+    Without `values` the entries are not looked at, which on a GPU would wait for it.
+    """
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         found = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices: expected a torch.int64 tensor, got {found}")
     if indices.ndim != 1:
         raise ValueError(f"indices: expected shape (B,), got {tuple(indices.shape)}")
-    if indices.numel():
+    if values and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= length:
             raise IndexError(f"indices: expected values in [0, {length}), got {low} to {high}")

@@ -19,16 +19,20 @@ import iio_kernels
 class Scene(NamedTuple):
     """What the autoencoder makes of a batch of images."""
 
-    reconstruction: Tensor
-    """(B, 3, H, W): the components weighted by the masks."""
-    masks: Tensor
-    """(B, K, H, W): the decoder's masks, a softmax over K."""
-    components: Tensor
-    """(B, K, 3, H, W): each slot's picture, in the decoder's dtype."""
+    decoded: Tensor
+    """(B, K, 4, H, W): each slot's picture and, last, the logit of its mask, in the decoder's dtype."""
     slots: Tensor
     """(B, K, D): after the last iteration."""
     attention: Tensor
     """(B, K, N): of the last iteration, over the encoder's N = H * W inputs; sums to 1 over K."""
+
+    def compose(self) -> tuple[Tensor, Tensor]:
+        """The reconstruction (B, 3, H, W), and the masks (B, K, H, W), a softmax over K, that weight the pictures."""
+        return iio_kernels.compose(self.decoded)
+
+    def error(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean squared error of the reconstruction of `image` (B, 3, H, W), and the masks."""
+        return iio_kernels.composition_error(image, self.decoded, return_masks=True)
 
 
 class PositionEmbedding(nn.Module):
@@ -92,10 +96,8 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(slot_size, slot_size)
         self.mlp = nn.Sequential(nn.Linear(slot_size, mlp_size), nn.ReLU(), nn.Linear(mlp_size, slot_size))
 
-    def draw(self, batch: int, num_slots: int, generator: torch.Generator | None = None) -> Tensor:
-        """Initial slots (B, K, D) from the learnt Gaussian that all slots share."""
-        shape = (batch, num_slots, self.mu.shape[-1])
-        noise = torch.randn(shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
+    def draw(self, noise: Tensor) -> Tensor:
+        """Initial slots from the learnt Gaussian that all slots share, by standard normal noise (B, K, D)."""
         return self.mu + self.log_sigma.exp() * noise
 
     def forward(self, inputs: Tensor, slots: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +206,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         if strided and tuple(resolution) != (128, 128):
             raise ValueError(f"resolution: the strided decoder makes (128, 128) images, got {tuple(resolution)}")
         self.resolution, self.num_slots, self.iterations = tuple(resolution), num_slots, iterations
+        self.slot_size = slot_size
         input_size = input_size or channels
         self.encoder = Encoder(channels, kernel_size, resolution, input_size)
         self.slot_attention = SlotAttention(input_size, slot_size, mlp_size)
@@ -216,12 +219,12 @@ class SlotAttentionAutoEncoder(nn.Module):
         num_slots: int | None = None,
         iterations: int | None = None,
         slots: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Scene:
         """Explain images (B, 3, H, W) in [-1, 1].
 
-        The initial slots are `slots` (B, K, D) where given, otherwise `num_slots` draws from the learnt Gaussian with
-        `generator`.
+        The initial slots are `slots` (B, K, D) where given, otherwise drawn from the learnt Gaussian: by standard
+        normal `noise` (B, K, D) where given, otherwise `num_slots` of them by torch's own random numbers.
         """
         if tuple(image.shape[1:]) != (3, *self.resolution):
             raise ValueError(
@@ -231,8 +234,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         if iterations < 1:
             raise ValueError(f"iterations: expected at least 1, got {iterations}")
         if slots is None:
-            slots = self.slot_attention.draw(image.shape[0], num_slots or self.num_slots, generator)
+            if noise is None:
+                noise = image.new_empty(image.shape[0], num_slots or self.num_slots, self.slot_size).normal_()
+            slots = self.slot_attention.draw(noise)
         slots, attention = self.slot_attention(self.encoder(image), slots, iterations)
-        decoded = self.decoder(slots)
-        reconstruction, masks = iio_kernels.compose(decoded)
-        return Scene(reconstruction, masks, decoded[:, :, :3], slots, attention)
+        return Scene(self.decoder(slots), slots, attention)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Scenes, TetrominoesGenerator, load, tetrominoes
+from data import ResidentScenes, Scenes, TetrominoesGenerator, load, tetrominoes
 from data.tetrominoes import COLOURS, SHAPES, render
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "tetrominoes_sample.tfrecords"
@@ -213,3 +213,18 @@ def test_bad_indices(indices, error, message):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         TetrominoesGenerator(**arguments)
+
+
+def test_resident_scenes_are_those_of_their_source():
+    source = TetrominoesGenerator(1003, seed=5)  # more than one chunk
+    resident = ResidentScenes(source, "cpu")
+    assert isinstance(resident, Scenes)
+    assert (len(resident), resident.name, resident.size) == (len(source), source.name, source.size)
+    assert resident.num_entities == source.num_entities
+    indices = torch.tensor([1002, 0, 7, 7, 999, 1000])
+    for ours, theirs in zip(resident.batch(indices), source.batch(indices), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(IndexError, match=r"indices: expected values in \[0, 1003\), got 0 to 1003"):
+        resident.batch(torch.tensor([0, 1003]))
+    with pytest.raises(TypeError, match=r"indices: expected a torch\.int64 tensor"):
+        resident.batch(torch.tensor([0.0]))

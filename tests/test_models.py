@@ -48,7 +48,7 @@ def test_clevr_decoder_is_strided():
     assert [c.stride[0] for c in convs] == [2, 2, 2, 2, 1]
     assert all(c.kernel_size == (5, 5) and c.in_channels == c.out_channels == 64 for c in convs)
     scene = model(torch.rand(1, 3, 128, 128))
-    assert scene.components.shape == (1, 7, 3, 128, 128)
+    assert scene.decoded.shape == (1, 7, 4, 128, 128)
     with pytest.raises(ValueError, match="resolution"):
         SlotAttentionAutoEncoder((64, 64), strided=True)
 
@@ -88,7 +88,7 @@ def test_slot_attention_is_algorithm_1():
     torch.manual_seed(0)
     module = SlotAttentionAutoEncoder().slot_attention.double()
     inputs = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
-    slots = module.draw(2, 5)
+    slots = module.draw(torch.randn(2, 5, 64, dtype=torch.float64))
     ours, _ = module(inputs, slots, 3)
     plain = algorithm_1(module, inputs, slots, 3)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
@@ -109,17 +109,22 @@ def model():
 
 
 def test_what_a_scene_is_made_of(model):
-    scene = model(torch.rand(2, 3, 15, 13))
+    image = torch.rand(2, 3, 15, 13)
+    scene = model(image)
     assert scene.slots.shape == (2, 4, 64)
-    torch.testing.assert_close(scene.masks.sum(1), torch.ones(2, 15, 13))
+    reconstruction, masks = scene.compose()
+    torch.testing.assert_close(masks.sum(1), torch.ones(2, 15, 13))
     torch.testing.assert_close(scene.attention.sum(1), torch.ones(2, 15 * 13))
-    torch.testing.assert_close(scene.reconstruction, (scene.masks[:, :, None] * scene.components).sum(1))
+    torch.testing.assert_close(reconstruction, (masks[:, :, None] * scene.decoded[:, :, :3]).sum(1))
+    error, same = scene.error(image)
+    assert torch.equal(masks, same)
+    torch.testing.assert_close(error, (reconstruction - image).square().mean())
 
 
 def test_slots_and_iterations_per_call(model):
     image = torch.rand(2, 3, 15, 13)
-    assert model(image, num_slots=7).masks.shape == (2, 7, 15, 13)
-    slots = model.slot_attention.draw(2, 3)
+    assert model(image, num_slots=7).decoded.shape == (2, 7, 4, 15, 13)
+    slots = model.slot_attention.draw(torch.randn(2, 3, 64))
     once, twice = (model(image, slots=slots, iterations=t).slots for t in (1, 2))
     again = model(image, slots=once, iterations=1).slots
     torch.testing.assert_close(again, twice)
@@ -128,19 +133,23 @@ def test_slots_and_iterations_per_call(model):
         model(image, iterations=0)
 
 
-def test_slots_are_drawn_from_the_generator(model):
-    image = torch.rand(2, 3, 15, 13)
-    one, same, other = (model(image, generator=torch.Generator().manual_seed(s)).reconstruction for s in (5, 5, 6))
+def test_slots_are_drawn_by_the_noise(model):
+    image, noise = torch.rand(2, 3, 15, 13), torch.randn(2, 4, 64)
+    one, same, other = (model(image, noise=n).decoded for n in (noise, noise, -noise))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+    torch.manual_seed(5)
+    drawn = model(image).decoded
+    torch.manual_seed(5)
+    assert torch.equal(drawn, model(image, noise=torch.randn(2, 4, 64)).decoded)
 
 
 def test_slots_are_exchangeable(model):
     image, order = torch.rand(1, 3, 15, 13), torch.tensor([2, 0, 3, 1])
-    slots = model.slot_attention.draw(1, 4)
+    slots = model.slot_attention.draw(torch.randn(1, 4, 64))
     scene, permuted = model(image, slots=slots), model(image, slots=slots[:, order])
-    torch.testing.assert_close(permuted.masks, scene.masks[:, order], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(permuted.reconstruction, scene.reconstruction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(permuted.decoded, scene.decoded[:, order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(permuted.compose()[0], scene.compose()[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_image_is_refused(model):
@@ -151,4 +160,5 @@ def test_a_wrong_image_is_refused(model):
 def test_bfloat16_autocast_keeps_the_masks_in_float32(model):
     with torch.autocast("cpu", torch.bfloat16):
         scene = model(torch.rand(2, 3, 15, 13))
-    assert scene.masks.dtype == scene.reconstruction.dtype == torch.float32
+        assert scene.decoded.dtype == torch.bfloat16
+        assert {x.dtype for x in (*scene.compose(), *scene.error(torch.rand(2, 3, 15, 13)))} == {torch.float32}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
@@ -58,12 +59,16 @@ def finished(tmp_path_factory):
     return out
 
 
+def assert_same_tensors(file, other):
+    ours, theirs = load_file(file), load_file(other)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
 def assert_same_weights(run, other):
     for name in ("before.safetensors", "after.safetensors"):
-        ours, theirs = load_file(run / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), (name, key)
+        assert_same_tensors(run / name, other / name)
 
 
 def test_what_a_run_leaves(finished):
@@ -229,8 +234,7 @@ def test_from_starts_with_given_weights_and_their_architecture(finished, tmp_pat
     arguments = [*TINY, "--channels", "32", "--steps", "0", "--fine-tune", "none"]
     arguments += ["--from", finished / "after.safetensors", "--out", tmp_path / "run"]
     assert call(monkeypatch, *arguments) == 0
-    ours, theirs = load_file(tmp_path / "run" / "before.safetensors"), load_file(finished / "after.safetensors")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_tensors(tmp_path / "run" / "before.safetensors", finished / "after.safetensors")
 
 
 def test_eval_only_scores_as_the_run_did(finished, monkeypatch, capsys):
@@ -261,6 +265,9 @@ REFUSED = {
     "a file that is not there": (["--data", "no-such-file.tfrecords"], "no-such-file.tfrecords"),
     "weights that are not there": (["--from", "no-such-file.safetensors"], "no-such-file.safetensors"),
     "no run to resume": (["--resume", "no-such-run"], "no-such-run"),
+    "two kinds of weights": (["--from", "x.safetensors", "--from-pretrained"], "exclude each other"),
+    "a score past the end": (["--steps", "5", "--score-steps", "6"], "--score-steps: expected steps in 1..5, got 6"),
+    "no trainings": (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     "resume with other options": (["--resume", "no-such-run", "--lr", "1"], "leave out --lr"),
 }
 
@@ -281,7 +288,7 @@ def test_the_learning_rate_warms_up_and_halves():
 
 
 def test_every_epoch_sees_every_scene_once():
-    order = train.Order(train.Config(num_scenes=10, batch_size=4, seed=3))
+    order = train.Order(train.Config(num_scenes=10, batch_size=4, seed=3, device="cpu"))
     seen = torch.cat([order(step) for step in range(10)]).view(4, 10)
     assert all(torch.equal(epoch.sort().values, torch.arange(10)) for epoch in seen)
     assert not torch.equal(seen[0], seen[1])
@@ -293,7 +300,9 @@ def test_the_hinge_lets_go_at_the_margin():
     image, masks = torch.rand(2, 3, 11, 11), torch.rand(2, 4, 11, 11).softmax(1)
     unused = torch.empty(0)
     for reconstruction, active in ((image * 2 - 1 + 0.1, False), (image * 2 - 1 + 1.0, True)):
-        scene = train.Scene(reconstruction, masks, unused, unused, unused)
+        # One picture for all slots: the masks do not change it.
+        decoded = torch.cat([reconstruction[:, None].expand(-1, 4, -1, -1, -1), masks.log()[:, :, None]], 2)
+        scene = train.Scene(decoded, unused, unused)
         loss, parts = train.losses(scene, image, "fine-tuning", config)
         torch.testing.assert_close(loss - parts["iio"], 10 * parts["mse"] * active, rtol=1e-5, atol=1e-5)
 
@@ -322,7 +331,8 @@ def test_muon_on_hidden_matrices_and_adam_on_the_rest():
                 first[name] = 0.95 * first[name] + 0.05 * g
                 update = (0.05 * g + 0.95 * first[name]).flatten(1)
                 expected[name] -= 1e-2 * 0.2 * max(update.shape) ** 0.5 * semi_orthogonal(update).view_as(p)
-        optimizer.step(1e-2)
+        optimizer.set_rate(1e-2)
+        optimizer.step()
     for name, p in model.named_parameters():
         error = (p.detach() - expected[name]).abs().max() / (1e-2 * 3)
         assert error < (1e-5 if name in adams else 0.1), f"{name}: {error}"
@@ -346,7 +356,92 @@ def test_adam_alone_is_torch_adam():
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        optimizer.step(1e-3)
+        optimizer.set_rate(1e-3)
+        optimizer.step()
         adam.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_scores_and_weights_on_the_way(tmp_path, monkeypatch):
+    assert call(monkeypatch, *TINY, "--score-steps", 3, 5, "--out", tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for steps in (3, 5):
+        short = tmp_path / str(steps)
+        # The learning rate does not depend on the number of steps, so a shorter run is the beginning of a longer one.
+        assert call(monkeypatch, *TINY, "--steps", steps, "--fine-tune", "none", "--out", short) == 0
+        assert_same_tensors(tmp_path / "run" / f"step-{steps}.safetensors", short / "before.safetensors")
+        assert summary[f"step-{steps}"] == json.loads((short / "summary.json").read_text())["before"]
+
+
+def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch, capsys):
+    out, train_phase = tmp_path / "both", train.Run.train_phase
+
+    def interrupted(run, number, signalled):
+        if run.config.seed == 1 and number == 1:
+            raise train.Interrupted(signal.SIGTERM)
+        train_phase(run, number, signalled)
+
+    monkeypatch.setattr(train.Run, "train_phase", interrupted)
+    assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 128 + signal.SIGTERM
+    assert f"--resume {out}" in capsys.readouterr().err
+    assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+    monkeypatch.setattr(train.Run, "train_phase", train_phase)
+    assert call(monkeypatch, "--resume", out) == 0
+    printed = capsys.readouterr().out
+    assert "seed0" not in printed, "the first is finished"
+    assert_same_weights(finished, out / "seed0")
+    runs = [json.loads((out / f"seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+    assert runs[0]["before"] != runs[1]["before"]
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [name.strip() for name in rows] == ["Slot Attention, 8 steps", "+ IIO, 5 steps"]
+    for row, key in zip(rows.values(), ("before", "after"), strict=True):
+        a, b = (run[key]["ari"] for run in runs)
+        assert row["ari_each"] == [a, b]
+        assert row["ari"] == pytest.approx((a + b) / 2)
+        assert row["ari_std"] == pytest.approx(abs(a - b) / 2**0.5)
+        assert f"{100 * row['ari']:.2f} ± {100 * row['ari_std']:.2f}" in printed
+    assert (out / "summary.md").read_text().count("\n| ") == 2
+    assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
+    out = tmp_path / "table"
+    assert call(monkeypatch, *TINY, "--table1", "--out", out) == 0
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    lengths = ["Slot Attention, 8 steps", "Slot Attention, 9 steps", "Slot Attention, 32 steps"]
+    assert list(rows) == [*lengths, "step-8 + IIO, 5 steps"]
+    # What is fine-tuned is what was pre-trained as long: the same as one run of both phases.
+    assert call(monkeypatch, *TINY, "--out", tmp_path / "one") == 0
+    assert_same_tensors(out / "seed0-plain" / "step-8.safetensors", tmp_path / "one" / "before.safetensors")
+    plain, tuned = (json.loads((out / f"seed0-{name}" / "summary.json").read_text()) for name in ("plain", "iio"))
+    assert plain["step-8"] == tuned["before"]
+
+
+@pytest.mark.parametrize("options", [["--fine-tune", "none"], ["--score-steps", "1"], ["--from", "x.safetensors"]])
+def test_table_1_refuses_what_would_make_it_another(tmp_path, monkeypatch, capsys, options):
+    assert call(monkeypatch, *TINY, "--table1", *options, "--out", tmp_path / "run") == 2
+    assert "--table1 takes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_that_come_with_this(tmp_path, monkeypatch, capsys):
+    options = ["--device", "cpu", "--fine-tune", "iio", "--fine-tune-steps", "1", "--eval-scenes", "6"]
+    assert call(monkeypatch, "--from-pretrained", "--preset", "quick", *options, "--out", tmp_path / "run") == 0
+    assert_same_tensors(tmp_path / "run" / "before.safetensors", train.PRETRAINED / "tetrominoes-before.safetensors")
+    assert "0 steps of pre-training, then 1 steps of fine-tuning" in capsys.readouterr().out
+
+
+def test_the_weights_that_come_with_this_score_as_they_say(monkeypatch, capsys):
+    """As the file says of all 320 scenes, to what fewer scenes and another machine's rounding allow."""
+    options = ["--device", "cpu", "--preset", "quick", "--eval-scenes", "64", "--eval-draws", "1"]
+    assert call(monkeypatch, "--eval-only", "pretrained", *options) == 0
+    printed = capsys.readouterr().out
+    for name in ("before", "after"):
+        with safe_open(train.PRETRAINED / f"tetrominoes-{name}.safetensors", "pt") as file:
+            said = json.loads(file.metadata()["scores"])
+        shown = re.search(rf"tetrominoes-{name}.safetensors +(\S+) ± \S+ +(\S+)", printed)
+        assert float(shown[1]) == pytest.approx(100 * said["ari"], abs=5)
+        assert float(shown[2]) == pytest.approx(100 * said["fg_ari"], abs=5)
