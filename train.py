@@ -116,6 +116,14 @@ class Config:
     at most this."""
     hinge_scale: float | None = None
     """Factor on the reconstruction error in fine-tuning while it is over the margin."""
+    sigma: float = 5.0
+    """Standard deviation of the IIO loss's Gaussian, in pixels."""
+    taps: int = 11
+    """How many pixels wide that Gaussian is cut off, odd."""
+    repeats: int = 2
+    """How often it is applied."""
+    terms: Literal["sum", "mean"] = "sum"
+    """Each mask's terms of the IIO loss, one for every set of others: their sum, as published, or their mean."""
 
     seed: int = 0
     """Of the order of the scenes, the initial weights and the initial slots. The scenes are the same for every seed."""
@@ -222,7 +230,7 @@ def resolve(config: Config) -> Config:
         precision = "bf16" if preset != "paper" and multiplies_bfloat16(device) else "fp32"
     config = dataclasses.replace(config, **defaults, preset=preset, device=str(device), precision=precision)
 
-    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life", "seeds",
+    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life", "seeds", "repeats",
                   "log_every", "eval_every"):  # fmt: skip
         if not getattr(config, name) >= 1:
             raise UsageError(f"{option(name)}: expected at least 1, got {getattr(config, name)}")
@@ -231,8 +239,11 @@ def resolve(config: Config) -> Config:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{option(name)}: expected a number >= 0, got {value}")
-    if config.kernel_size % 2 == 0 or config.kernel_size < 1:
-        raise UsageError(f"--kernel-size: expected an odd number, got {config.kernel_size}")
+    for name in ("kernel_size", "taps"):
+        if getattr(config, name) % 2 == 0 or getattr(config, name) < 1:
+            raise UsageError(f"{option(name)}: expected an odd number, got {getattr(config, name)}")
+    if not (math.isfinite(config.sigma) and config.sigma > 0):
+        raise UsageError(f"--sigma: expected a number > 0, got {config.sigma}")
     if config.fine_tune == "iio" and not 2 <= config.num_slots <= 16:
         raise UsageError(f"--num-slots: the IIO loss takes 2 to 16 masks, got {config.num_slots}")
     if not 0 <= config.seed < 2**31:
@@ -544,7 +555,8 @@ def losses(scene: Scene, image: Tensor, phase: str, config: Config) -> tuple[Ten
     error, masks = scene.error(image * 2 - 1)
     if phase == "pre-training":
         return error, {"mse": error.detach()}
-    iio = iio_kernels.iio_loss(image, masks)
+    inpainter = dict(sigma=config.sigma, kernel_size=config.taps, repeats=config.repeats)
+    iio = iio_kernels.iio_loss(image, masks, terms=config.terms, **inpainter)
     # The IIO loss alone would let go of the image: the hinge brings the error back whenever it leaves the margin. It
     # switches on the device, which nothing waits for, and for all processes alike.
     hinge = torch.where(mean_over_ranks(error) > config.margin, config.hinge_scale * error, 0.0)

@@ -259,6 +259,8 @@ REFUSED = {
     "a negative rate": (["--lr", "-1"], "--lr: expected a number >= 0, got -1"),
     "a rate that is no number": (["--lr", "nan"], "--lr: expected a number >= 0, got nan"),
     "an even kernel": (["--kernel-size", "4"], "--kernel-size: expected an odd number, got 4"),
+    "an even Gaussian": (["--taps", "4"], "--taps: expected an odd number, got 4"),
+    "a Gaussian without width": (["--sigma", "0"], "--sigma: expected a number > 0, got 0"),
     "one slot under IIO": (["--fine-tune", "iio", "--num-slots", "1"], "--num-slots"),
     "a device that does not exist": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
     "a device that is not here": (["--device", "cuda:99"], "--device cuda:99"),

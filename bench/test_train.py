@@ -1,0 +1,70 @@
+"""Whole training steps of the published model on Tetrominoes: forward, backward, Adam, batches of 64.
+
+Eager and torch.compile are the plain model (tests/plain.py) in float32, ours is train.py's step, in float32 and in the
+precision in which a CPU or a GPU trains best.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import train
+from tests import plain
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOY = os.environ.get("IIO_KERNELS_BENCH_SIZES") == "toy"
+PHASES = ("pre-training", "fine-tuning")
+
+
+@pytest.mark.parametrize("contender", ["eager", "torch.compile", "ours", "ours, bf16"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_train(race, machine, device, phase, contender):
+    options = {"batch_size": 4, "channels": 8, "kernel_size": 3} if TOY else {}
+    precision = "bf16" if contender.endswith("bf16") else "fp32"
+    if precision == "bf16" and not train.multiplies_bfloat16(torch.device(device)):
+        pytest.skip("this machine has no bfloat16 arithmetic")
+    config = train.resolve(
+        train.Config(preset="paper", device=device, precision=precision, fine_tune="iio", num_scenes=1000, **options)
+    )
+    source = train.open_scenes(config)
+    model = train.build_model(config, source.size)
+    pixels, _ = source.batch(train.Order(config)(0))
+    noise = train.draw_noise(config, config.batch_size, 0)
+    if contender.startswith("ours"):
+        step = train.Step(model, train.Optimizer(model, config), phase, config)
+        race(
+            [lambda: step(pixels, noise, 1e-4)],
+            group=group(config, phase),
+            name=contender,
+            floor=floor(config, machine),
+        )
+        return
+
+    loss = plain.loss
+    if contender == "torch.compile":
+        torch.compiler.reset()
+        loss = torch.compile(plain.loss)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+
+    def run():
+        optimizer.zero_grad()
+        loss(model, pixels / 255, noise, phase).backward()
+        optimizer.step()
+
+    race([run], group=group(config, phase), name=contender, floor=floor(config, machine))
+
+
+def group(config: train.Config, phase: str) -> str:
+    return f"train, {phase}, B{config.batch_size} {config.channels} channels {config.kernel_size}x{config.kernel_size}"
+
+
+def floor(config: train.Config, machine: dict[str, float]) -> float:
+    """Seconds for the products of the convolutions that are left, three times each, at a matrix product's rate."""
+    images, slots, k2 = config.batch_size, config.batch_size * config.num_slots, config.kernel_size**2
+    c = config.channels
+    encoder = images * (3 * c + 3 * c * c) * k2
+    decoder = slots * (2 * c * c * k2 + 4 * c * 9)
+    return 3 * 2 * 35 * 35 * (encoder + decoder) / machine["operations_per_second"]
