@@ -230,8 +230,8 @@ def resolve(config: Config) -> Config:
         precision = "bf16" if preset != "paper" and multiplies_bfloat16(device) else "fp32"
     config = dataclasses.replace(config, **defaults, preset=preset, device=str(device), precision=precision)
 
-    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life", "seeds", "repeats",
-                  "log_every", "eval_every"):  # fmt: skip
+    for name in ("num_scenes", "eval_scenes", "eval_draws", *ARCHITECTURE, "batch_size", "half_life", "seeds",
+                  "repeats", "log_every", "eval_every"):  # fmt: skip
         if not getattr(config, name) >= 1:
             raise UsageError(f"{option(name)}: expected at least 1, got {getattr(config, name)}")
     for name in ("epochs", "fine_tune_epochs", "steps", "fine_tune_steps", "lr", "fine_tune_lr", "warmup_steps",

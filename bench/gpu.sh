@@ -5,7 +5,8 @@
 #     bench/gpu.sh --dry-run FOLDER [PART...]  the same at toy sizes in Triton's interpreter: does the script itself work?
 #
 # Parts, all of them unless some are named: machine build accuracy tests memcheck racecheck repeats benchmarks
-# launch_settings. Each has a time limit and leaves its results in FOLDER before the next begins; none begins after the
+# launch_settings training. The last takes what time there is, and IIO_KERNELS_TRAINING=FOLDER/training.tar.gz of an
+# earlier call goes on from there. Each part has a time limit and leaves its results in FOLDER before the next begins; none begins after the
 # ten minutes. Whatever became of them, FOLDER/summary.json says what ran, for how long, and how it ended. Exit status 0:
 # every part ended well.
 set -uo pipefail
@@ -17,9 +18,9 @@ if [ "${1:-}" = --dry-run ]; then
   export TRITON_INTERPRET=1 IIO_KERNELS_BENCH_SIZES=toy
   shift
 fi
-known=" machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings "
+known=" machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings training "
 if [ $# = 0 ] || [[ $1 == -* ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -87,5 +88,6 @@ part repeats 40 "$python" -m bench.gpu repeats "$out"
 LINES_SHOWN=150 part benchmarks 240 "$python" -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
   --seconds=$((210 * slack)) --benchmark-json="$out/benchmarks.json"
 part launch_settings 90 "$python" -m bench.gpu launch_settings "$out"
+part training 580 "$python" -m bench.gpu training "$out"
 "$python" -m bench.gpu summary "$out"
 exit $failed

@@ -26,9 +26,13 @@ def test_train(race, machine, device, phase, contender):
     precision = "bf16" if contender.endswith("bf16") else "fp32"
     if precision == "bf16" and not train.multiplies_bfloat16(torch.device(device)):
         pytest.skip("this machine has no bfloat16 arithmetic")
+    # The race captures all contenders alike.
     config = train.resolve(
-        train.Config(preset="paper", device=device, precision=precision, fine_tune="iio", num_scenes=1000, **options)
-    )
+        train.Config(
+            preset="paper", device=device, precision=precision, fine_tune="iio", num_scenes=1000, cuda_graph=False,
+            **options,
+        )
+    )  # fmt: skip
     source = train.open_scenes(config)
     model = train.build_model(config, source.size)
     pixels, _ = source.batch(train.Order(config)(0))
@@ -47,7 +51,7 @@ def test_train(race, machine, device, phase, contender):
     if contender == "torch.compile":
         torch.compiler.reset()
         loss = torch.compile(plain.loss)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True, capturable=device == "cuda")
 
     def run():
         optimizer.zero_grad()

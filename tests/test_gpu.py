@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+import train
 from iio_kernels import _build, composition_error, conditional_entropies, iio_loss, inpaint, slot_attention
 from iio_kernels._backends import BACKENDS
 
@@ -190,3 +193,55 @@ def test_memory_of_the_loss_is_that_of_a_few_inputs():
     (gradient,) = torch.autograd.grad(loss, masks)
     taken = torch.cuda.max_memory_allocated() - before - gradient.nbytes
     assert taken < 3 * (image.nbytes + masks.nbytes)
+
+
+@pytest.mark.parametrize("phase", ["pre-training", "fine-tuning"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_training_step_is_the_step_itself(phase, precision):
+    """From the first step on and from a resumed optimizer, without waiting for the device."""
+    options = dict(preset="smoke", device="cuda", precision=precision, optimizer="adam", fine_tune="iio")
+    config = train.resolve(train.Config(**options))
+    source = train.open_scenes(config)
+    order = train.Order(config)
+    ends, states = [], []
+    for captured in (False, True):
+        own = dataclasses.replace(config, cuda_graph=captured)
+        model = train.build_model(own, source.size)
+        optimizer = train.Optimizer(model, own)
+        for resumed in (False, True):
+            if resumed:
+                state = optimizer.state_dict()
+                optimizer = train.Optimizer(model, own)
+                optimizer.load_state_dict(copy.deepcopy(state))
+            step = train.Step(model, optimizer, phase, own)
+            for i in range(4):
+                pixels, _ = source.batch(order(i), "cuda")
+                noise = train.draw_noise(own, own.batch_size, i)
+                mode = torch.cuda.get_sync_debug_mode()
+                torch.cuda.set_sync_debug_mode("error" if i > 0 else mode)  # compiling and capturing may wait
+                try:
+                    step(pixels, noise, 1e-3 / (i + 1))
+                finally:
+                    torch.cuda.set_sync_debug_mode(mode)
+            assert (step.graph is not None) == captured
+            assert int(step.bad) == -1
+            assert int(step.number) == 4
+        ends.append([p.detach().clone() for p in model.parameters()])
+        states.append({name: value.item() for name, value in step.values.items()})
+    assert states[1] == pytest.approx(states[0], rel=1e-3)
+    for plain, graphed in zip(*ends, strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_step_notices_what_is_no_number():
+    config = train.resolve(train.Config(preset="smoke", device="cuda", optimizer="adam", clip=0.0))
+    source = train.open_scenes(config)
+    model = train.build_model(config, source.size)
+    step = train.Step(model, train.Optimizer(model, config), "pre-training", config, 10)
+    pixels, _ = source.batch(train.Order(config)(0), "cuda")
+    noise = train.draw_noise(config, config.batch_size, 0)
+    for i in range(4):
+        step(pixels, noise, 1e-3)
+        if i == 1:
+            noise = noise * float("nan")
+    assert int(step.bad) == 12
