@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 import iio_kernels
 from data import DataError, ResidentScenes, Scenes, TetrominoesGenerator, load, scores
+from models.optimizer import Optimizer
 from models.slot_attention import Scene, SlotAttentionAutoEncoder
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -133,7 +134,7 @@ class Config:
     """Of convolutions and linear layers; attention, losses and weights are float32 always. auto: bf16 in quick and
     smoke where the hardware multiplies it, otherwise fp32."""
     cuda_graph: bool = True
-    """On a GPU, with Adam and one process: capture the whole step once and replay it without a word from the host."""
+    """On a GPU, with one process: capture the whole step once and replay it without a word from the host."""
 
     seeds: int = 1
     """Train this many times, with --seed and the seeds after it, and give mean and standard deviation of the scores."""
@@ -563,65 +564,8 @@ def losses(scene: Scene, image: Tensor, phase: str, config: Config) -> tuple[Ten
     return iio + hinge, {"mse": error.detach(), "iio": iio.detach()}
 
 
-class Optimizer:
-    """Adam for all parameters; or Muon for the hidden matrices, and Adam for the rest.
-
-    Muon (Jordan et al. 2024) replaces a matrix's averaged gradient by roughly the nearest semi-orthogonal one, so that
-    directions in which the gradient is small are learnt as fast as others; it does so in bfloat16 always. A
-    convolution's weight is the matrix (out, k * k * in). Each step is scaled to the size of one of Adam's (Liu et al.
-    2025), so both take the same learning rate.
-    """
-
-    def __init__(self, model: nn.Module, config: Config) -> None:
-        muon = [p for p in model.parameters() if config.optimizer == "muon" and self.is_hidden_matrix(p)]
-        adam = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
-        self.matrices = [(p, nn.Parameter(self.as_matrix(p.detach()))) for p in muon]
-        # On a GPU the rate and the count of steps lie there, too, where a captured step reads them.
-        on_gpu = torch.device(config.device).type == "cuda"
-        rate = torch.zeros((), device=config.device) if on_gpu else 0.0
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(adam, rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
-        }
-        if muon:
-            matrices = [matrix for _, matrix in self.matrices]
-            self.parts["muon"] = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    @staticmethod
-    def is_hidden_matrix(parameter: Tensor) -> bool:
-        """More than 4 rows and columns: no vector, nor a map from the 4 coordinates, nor that to RGB and alpha."""
-        return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 4
-
-    @staticmethod
-    def as_matrix(tensor: Tensor) -> Tensor:
-        """A view (out, in), or (out, k * k * in) of a convolution's weight, which must be channels last."""
-        return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).view(tensor.shape[0], -1)
-
-    def set_rate(self, rate: float) -> None:
-        for part in self.parts.values():
-            for group in part.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
-
-    def step(self) -> None:
-        for parameter, matrix in self.matrices:
-            matrix.grad = None if parameter.grad is None else self.as_matrix(parameter.grad)
-        for part in self.parts.values():
-            part.step()
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that the optimizer remembers from step to step."""
-        for part in self.parts.values():
-            for state in part.state.values():
-                yield from (x for x in state.values() if isinstance(x, Tensor))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
+    return Optimizer(model, config.optimizer, capturable=torch.device(config.device).type == "cuda")
 
 
 def learning_rate(step: int, peak: float, config: Config) -> float:
@@ -635,9 +579,9 @@ def learning_rate(step: int, peak: float, config: Config) -> float:
 class Step:
     """A step of one phase: forward, backward, clip, optimizer. All it learns stays on the device; nothing waits for it.
 
-    On a GPU, with Adam and one process, the first call captures the step in a CUDA graph and all calls replay it: some
-    hundred launches then cost the host as much as one. Muon reads its rate on the host, and several processes meet in
-    the middle of the backward pass: these launch each kernel.
+    On a GPU, with one process, the first call captures the step in a CUDA graph and all calls replay it: some hundred
+    launches then cost the host as much as one. Several processes meet in the middle of the backward pass: these launch
+    each kernel.
 
     Attributes:
         values: of the last step, scalars: "mse", "iio" in fine-tuning, "gradient_norm" before clipping.
@@ -650,7 +594,7 @@ class Step:
         self.bad = torch.tensor(-1, device=config.device)
         self.values: dict[str, Tensor] = {}
         on_gpu = self.number.is_cuda
-        self.captures = on_gpu and config.cuda_graph and config.optimizer == "adam" and num_ranks() == 1
+        self.captures = on_gpu and config.cuda_graph and num_ranks() == 1
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, pixels: Tensor, noise: Tensor, rate: float) -> None:
@@ -867,7 +811,7 @@ class Run:
         phase, steps = list(self.phases.items())[number]
         first = sum(list(self.phases.values())[:number])
         peak = config.lr if phase == "pre-training" else config.fine_tune_lr
-        optimizer = Optimizer(self.model, config)
+        optimizer = build_optimizer(self.model, config)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         step_once = Step(self.trained, optimizer, phase, config, self.step)
@@ -960,7 +904,7 @@ def restore(model: SlotAttentionAutoEncoder, tensors: dict[str, Tensor], path: P
 def greeting(config: Config, phases: dict[str, int], done: int, model: SlotAttentionAutoEncoder, source: Scenes) -> str:
     """What will run, and how long it should take: from three steps timed on a copy of the model."""
     trial, times = copy.deepcopy(model), {}
-    optimizer = Optimizer(trial, config)
+    optimizer = build_optimizer(trial, config)
     indices = share(torch.arange(config.batch_size) % config.num_scenes)
     pixels, _ = source.batch(indices, device=config.device)
     noise = share(draw_noise(config, config.batch_size, 0))

@@ -38,7 +38,7 @@ def test_train(race, machine, device, phase, contender):
     pixels, _ = source.batch(train.Order(config)(0))
     noise = train.draw_noise(config, config.batch_size, 0)
     if contender.startswith("ours"):
-        step = train.Step(model, train.Optimizer(model, config), phase, config)
+        step = train.Step(model, train.build_optimizer(model, config), phase, config)
         race(
             [lambda: step(pixels, noise, 1e-4)],
             group=group(config, phase),

@@ -25,7 +25,7 @@ def one_step_each(margin: float) -> dict[str, dict[str, torch.Tensor]]:
     for phase in ("pre-training", "fine-tuning"):
         model = train.build_model(config, source.size)
         parallel = DistributedDataParallel(model) if train.num_ranks() > 1 else model
-        step = train.Step(parallel, train.Optimizer(model, config), phase, config)
+        step = train.Step(parallel, train.build_optimizer(model, config), phase, config)
         pixels, _ = source.batch(train.Order(config)(0))
         step(pixels, train.share(train.draw_noise(config, config.batch_size, 0)), 0.0)
         own = step.values.get("mse")

@@ -196,10 +196,10 @@ def test_memory_of_the_loss_is_that_of_a_few_inputs():
 
 
 @pytest.mark.parametrize("phase", ["pre-training", "fine-tuning"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_captured_training_step_is_the_step_itself(phase, precision):
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon")])
+def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer):
     """From the first step on and from a resumed optimizer, without waiting for the device."""
-    options = dict(preset="smoke", device="cuda", precision=precision, optimizer="adam", fine_tune="iio")
+    options = dict(preset="smoke", device="cuda", precision=precision, optimizer=optimizer, fine_tune="iio")
     config = train.resolve(train.Config(**options))
     source = train.open_scenes(config)
     order = train.Order(config)
@@ -207,11 +207,11 @@ def test_a_captured_training_step_is_the_step_itself(phase, precision):
     for captured in (False, True):
         own = dataclasses.replace(config, cuda_graph=captured)
         model = train.build_model(own, source.size)
-        optimizer = train.Optimizer(model, own)
+        optimizer = train.build_optimizer(model, own)
         for resumed in (False, True):
             if resumed:
                 state = optimizer.state_dict()
-                optimizer = train.Optimizer(model, own)
+                optimizer = train.build_optimizer(model, own)
                 optimizer.load_state_dict(copy.deepcopy(state))
             step = train.Step(model, optimizer, phase, own)
             for i in range(4):
@@ -237,7 +237,7 @@ def test_a_captured_step_notices_what_is_no_number():
     config = train.resolve(train.Config(preset="smoke", device="cuda", optimizer="adam", clip=0.0))
     source = train.open_scenes(config)
     model = train.build_model(config, source.size)
-    step = train.Step(model, train.Optimizer(model, config), "pre-training", config, 10)
+    step = train.Step(model, train.build_optimizer(model, config), "pre-training", config, 10)
     pixels, _ = source.batch(train.Order(config)(0), "cuda")
     noise = train.draw_noise(config, config.batch_size, 0)
     for i in range(4):

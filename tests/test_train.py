@@ -313,7 +313,7 @@ def test_muon_on_hidden_matrices_and_adam_on_the_rest():
     """Several steps against both optimizers written out: no weight decay, Nesterov momentum 0.95, Adam's step size."""
     config = train.resolve(train.Config(preset="smoke", device="cpu"))
     model = train.build_model(config, (12, 12))
-    optimizer = train.Optimizer(model, config)
+    optimizer = train.build_optimizer(model, config)
     adams = {"slot_attention.mu", "slot_attention.log_sigma", "decoder.to_rgba.weight"}
     adams |= {f"{part}.position.dense.weight" for part in ("encoder", "decoder")}
     adams |= {name for name, p in model.named_parameters() if p.ndim < 2}
@@ -337,7 +337,7 @@ def test_muon_on_hidden_matrices_and_adam_on_the_rest():
         optimizer.step()
     for name, p in model.named_parameters():
         error = (p.detach() - expected[name]).abs().max() / (1e-2 * 3)
-        assert error < (1e-5 if name in adams else 0.1), f"{name}: {error}"
+        assert error < 1e-4, f"{name}: {error}"
 
 
 def semi_orthogonal(matrix):
@@ -352,7 +352,10 @@ def semi_orthogonal(matrix):
 def test_adam_alone_is_torch_adam():
     config = train.resolve(train.Config(preset="smoke", optimizer="adam", device="cpu"))
     ours, theirs = (train.build_model(config, (12, 12)) for _ in range(2))
-    optimizer, adam = train.Optimizer(ours, config), torch.optim.Adam(theirs.parameters(), 1e-3, eps=1e-8, fused=True)
+    optimizer, adam = (
+        train.build_optimizer(ours, config),
+        torch.optim.Adam(theirs.parameters(), 1e-3, eps=1e-8, fused=True),
+    )
     for seed in range(2):
         torch.manual_seed(seed)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
