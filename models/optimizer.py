@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), its steps of the size of Adam's (Liu et al. 2025, "Muon is Scalable for LLM Training").
+    """Muon (Jordan et al. 2024) with steps of the size of Adam's (Liu et al. 2025, "Muon is Scalable ...").
 
     It replaces a matrix's averaged gradient by roughly the nearest semi-orthogonal one, so that directions in which the
     gradient is small are learnt as fast as others. A convolution's weight is the matrix (out, in * k * k).
