@@ -155,7 +155,8 @@ def _check(
         )
     pairs = _pair("size", size, 1), _pair("stride", stride, 1), _pair("padding", padding, 0)
     axes = []
-    for n, s, p, k, out, which in zip(*pairs, weight.shape[2:], position_map.shape[1:], ("H'", "W'"), strict=True):
+    for *numbers, which in zip(*pairs, weight.shape[2:], position_map.shape[1:], ("H'", "W'"), strict=True):
+        n, s, p, k, out = map(_constant, numbers)
         least = (n - 1) * s - 2 * p + k if transposed else (n + 2 * p - k) // s + 1
         most = least + s - 1 if transposed else least
         if most < 1 or (not transposed and n + 2 * p < k):
@@ -169,6 +170,11 @@ def _check(
             )
         axes.append((n, out, k, s, p, transposed))
     return axes
+
+
+def _constant(n: int) -> int:
+    """n, under torch.compile as a constant of the graph: one whose sizes are formulas of such takes minutes to trace."""
+    return len(range(n))
 
 
 def _pair(name: str, value: int | tuple[int, int], at_least: int) -> tuple[int, int]:
