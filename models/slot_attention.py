@@ -137,7 +137,7 @@ class Decoder(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         first, *others = self.convs
-        # Slots are the same all over the grid, and the position embedding the same for all of them: it is convolved once.
+        # A slot is the same all over the grid, and the position embedding the same for all slots: it is convolved once.
         position = self.position.embedding()
         x = iio_kernels.broadcast_conv2d(
             slots.flatten(0, -2), first.weight, first(position.unsqueeze(0))[0], position.shape[1:],

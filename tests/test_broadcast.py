@@ -78,7 +78,8 @@ def test_rounding_is_within_budget(case, dtype, backend, device):
     got = run(tensors, backend, **options)
     incoming = random_like(got[0])
     eager, truth = (
-        literally([x.to(kind) for x in tensors], incoming.to(kind), **options) for kind in (torch.float32, torch.float64)
+        literally([x.to(kind) for x in tensors], incoming.to(kind), **options)
+        for kind in (torch.float32, torch.float64)
     )
     for name, x, plain, exact in zip(NAMES, got, eager, truth, strict=True):
         assert x.dtype == dtype
@@ -297,8 +298,9 @@ each_stride = pytest.mark.parametrize("how", STRIDES)
 @each_kind
 def test_strided_inputs(how, kind, backend, device):
     (z, weight, position_map), options = kind.make(device=device)
-    views = _strided(z, "transposed" if how.startswith("channels") else how), *(
-        _strided(x, how) for x in (weight, position_map)
+    views = (
+        _strided(z, "transposed" if how.startswith("channels") else how),
+        *(_strided(x, how) for x in (weight, position_map)),
     )
     expected = run([x.clone(memory_format=torch.contiguous_format) for x in views], backend, **options)
     leaves = [x.detach().requires_grad_() for x in views]
@@ -439,9 +441,7 @@ def test_opcheck(dtype, relu, backend, device):
     options = [1, 2, 1], [0, 3, 2], relu
     torch.library.opcheck(operators.broadcast_forward.default, (constant, position_map, *options, dtype))
     out = operators.broadcast_forward(constant, position_map, *options, dtype)
-    torch.library.opcheck(
-        operators.broadcast_backward.default, (random_like(out), constant, position_map, *options)
-    )
+    torch.library.opcheck(operators.broadcast_backward.default, (random_like(out), constant, position_map, *options))
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def pairs(least: int, most: int):
     transposed=st.booleans(),
     relu=st.booleans(),
 )
-def check_any_shape(backend, device, batch, D, O, size, kernel, stride, padding, over, transposed, relu):  # noqa: E741
+def check_any_shape(backend, device, batch, D, O, size, kernel, stride, padding, over, transposed, relu):
     over = tuple(min(more, s - 1) for more, s in zip(over, stride, strict=True))
     case = Case("any", batch, D, O, size, kernel, stride, padding, over, transposed, relu)
     least = zip(size, kernel, padding, strict=True)

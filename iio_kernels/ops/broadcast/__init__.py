@@ -151,7 +151,8 @@ def _check(
         )
     if position_map.shape[0] != O:
         raise ValueError(
-            f"position_map: expected {O} channels to match weight {tuple(weight.shape)}, got {tuple(position_map.shape)}"
+            f"position_map: expected {O} channels to match weight {tuple(weight.shape)}, got "
+            f"{tuple(position_map.shape)}"
         )
     pairs = _pair("size", size, 1), _pair("stride", stride, 1), _pair("padding", padding, 0)
     axes = []
@@ -165,15 +166,15 @@ def _check(
             )
         if not max(least, 1) <= out <= most:
             raise ValueError(
-                f"position_map: expected {which} = {least}{f' to {most}' if most > least else ''} for size {n}, {k} taps, "
-                f"stride {s} and padding {p}, got {tuple(position_map.shape)}"
+                f"position_map: expected {which} = {least}{f' to {most}' if most > least else ''} for size {n}, "
+                f"{k} taps, stride {s} and padding {p}, got {tuple(position_map.shape)}"
             )
         axes.append((n, out, k, s, p, transposed))
     return axes
 
 
 def _constant(n: int) -> int:
-    """n, under torch.compile as a constant of the graph: one whose sizes are formulas of such takes minutes to trace."""
+    """n; under torch.compile as a constant: a graph whose sizes are formulas of such numbers takes minutes to trace."""
     return len(range(n))
 
 

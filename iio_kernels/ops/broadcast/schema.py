@@ -1,8 +1,8 @@
 """The operators under `broadcast_conv2d`: how they are called, and what torch.compile needs to know of them.
 
-Everything has its channels last: constant (M, row classes, column classes, O), position_map (H, W, O), both in the dtype
-of the arithmetic, and their gradients; the result and the gradient that comes to it (M, H, W, O), in that dtype or a
-narrower one. `rows` and `columns` are the three numbers of reference.Classes.
+Everything has its channels last: constant (M, row classes, column classes, O), position_map (H, W, O), both in the
+dtype of the arithmetic, and their gradients; the result and the gradient that comes to it (M, H, W, O), in that dtype
+or a narrower one. `rows` and `columns` are the three numbers of reference.Classes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Case:
     name: str
     batch: tuple[int, ...] = (2, 3)
     D: int = 6
-    O: int = 8  # noqa: E741
+    O: int = 8
     size: tuple[int, int] = (9, 7)
     kernel: tuple[int, int] = (5, 5)
     stride: tuple[int, int] = (1, 1)
@@ -34,7 +34,14 @@ class Case:
     def axes(self) -> list[tuple[int, int, int, int, int, bool]]:
         """For rows and columns: the grid's and the result's size, taps, stride, padding, transposed."""
         return [
-            (n, (n - 1) * s - 2 * p + k + more if self.transposed else (n + 2 * p - k) // s + 1, k, s, p, self.transposed)
+            (
+                n,
+                (n - 1) * s - 2 * p + k + more if self.transposed else (n + 2 * p - k) // s + 1,
+                k,
+                s,
+                p,
+                self.transposed,
+            )
             for n, k, s, p, more in zip(
                 self.size, self.kernel, self.stride, self.padding, self.output_padding, strict=True
             )
@@ -45,6 +52,12 @@ class Case:
         """(O, H', W')"""
         return self.O, self.axes[0][1], self.axes[1][1]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        geometry = {"size": self.size, "stride": self.stride, "padding": self.padding}
+        return geometry | {"transposed": self.transposed, "relu": self.relu}
+
     def make(
         self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
@@ -54,8 +67,7 @@ class Case:
         shapes = (*self.batch, self.D), (*channels, *self.kernel), self.result
         z, weight, position_map = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
         weight /= math.sqrt(self.D * math.prod(self.kernel))
-        options = {"size": self.size, "stride": self.stride, "padding": self.padding, "transposed": self.transposed}
-        return tuple(x.to(dtype).to(device) for x in (z, weight, position_map)), options | {"relu": self.relu}
+        return tuple(x.to(dtype).to(device) for x in (z, weight, position_map)), self.options
 
     def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
         """The least traffic: the result written; with `backward` that of the backward pass alone, its gradient read."""
@@ -85,7 +97,8 @@ CASES = (
     Case("transposed, stride 1", transposed=True),
     Case("transposed, stride 3 and 2", (3,), size=(4, 5), kernel=(4, 3), stride=(3, 2), padding=(0, 1), transposed=True,
          output_padding=(2, 0)),
-    Case("transposed, stride past the kernel", size=(3, 4), kernel=(2, 1), stride=(3, 2), padding=(0, 0), transposed=True),
+    Case("transposed, stride past the kernel", size=(3, 4), kernel=(2, 1), stride=(3, 2), padding=(0, 0),
+         transposed=True),
     Case("transposed, one pixel", size=(1, 1), stride=(2, 2), transposed=True, padding=(0, 2), output_padding=(0, 1)),
     Case("no batch", ()),
     Case("no slots", (2, 0)),

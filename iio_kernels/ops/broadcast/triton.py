@@ -112,7 +112,7 @@ def _broadcast_forward(
 def _broadcast_backward(
     d_out: Tensor, constant: Tensor, position_map: Tensor, rows: list[int], columns: list[int], relu: bool
 ) -> tuple[Tensor, Tensor]:
-    M, H, W, O = d_out.shape  # noqa: E741
+    M, H, W, O = d_out.shape
     d_rows = constant.new_empty((M, H, sum(columns), O))
     d_maps = constant.new_empty((triton.cdiv(M, GROUP), H, W, O))
     inputs = d_out.contiguous(), constant.contiguous(), position_map.contiguous()
@@ -120,12 +120,10 @@ def _broadcast_backward(
     return gather(d_rows, 1, Classes(*rows)), d_maps.sum(0)
 
 
-def _launch(
-    kernel: Any, shape: torch.Size, rows: list[int], columns: list[int], relu: bool, *tensors: Tensor
-) -> None:
+def _launch(kernel: Any, shape: torch.Size, rows: list[int], columns: list[int], relu: bool, *tensors: Tensor) -> None:
     """Run a program for each group of images, row and share of the channels, on the tensors' device, which need not be
     the current one; `shape` is the result's."""
-    M, H, W, O = shape  # noqa: E741
+    M, H, W, O = shape
     width = triton.next_power_of_2(W)
     channels = max(1, min(triton.next_power_of_2(O), NUMBERS // width))
     groups = triton.cdiv(M, GROUP)
