@@ -54,11 +54,13 @@ def _forward(
     inside = (x < W)[:, None] & (o < O)[None, :]
     at, constant_at = x[:, None] * O + o[None, :], c[:, None] * O + o[None, :]
     here = tl.load(position_map + y * W * O + at, inside, 0)
-    for m in range(group * GROUP, tl.minimum(group * GROUP + GROUP, M)):
-        sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, inside, 0) + here
+    for i in range(GROUP):
+        m = group * GROUP + i
+        there = inside & (m < M)
+        sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, there, 0) + here
         if RELU:
             sum = tl.where(sum <= 0, 0, sum)
-        tl.store(out + (m * H + y) * W * O + at, sum.to(out.dtype.element_ty), inside)
+        tl.store(out + (m * H + y) * W * O + at, sum.to(out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -75,23 +77,25 @@ def _backward(
     group, y, x, o = _tile(groups, O, COLUMNS, CHANNELS)
     r, c = _class_of(y, H, row_head, row_period, row_tail), _class_of(x, W, head, period, tail)
     inside = (x < W)[:, None] & (o < O)[None, :]
-    alone = inside & ((x < head) | (x >= W - tail))[:, None]
+    alone = ((x < head) | (x >= W - tail))[:, None]
     at, constant_at = x[:, None] * O + o[None, :], c[:, None] * O + o[None, :]
     if RELU:
         here = tl.load(position_map + y * W * O + at, inside, 0)
     d_map = tl.zeros((COLUMNS, CHANNELS), d_maps.dtype.element_ty)
-    for m in range(group * GROUP, tl.minimum(group * GROUP + GROUP, M)):
-        d_sum = tl.load(d_out + (m * H + y) * W * O + at, inside, 0).to(d_map.dtype)
+    for i in range(GROUP):
+        m = group * GROUP + i
+        there = inside & (m < M)
+        d_sum = tl.load(d_out + (m * H + y) * W * O + at, there, 0).to(d_map.dtype)
         if RELU:
-            sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, inside, 0) + here
+            sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, there, 0) + here
             d_sum = tl.where(sum <= 0, 0, d_sum)
         d_map += d_sum
         # Before `head` and in `tail` a column is all of its class; those between are added up, class by class.
         d_row = d_rows + (m * H + y) * (C * O)
-        tl.store(d_row + constant_at, d_sum, alone)
+        tl.store(d_row + constant_at, d_sum, there & alone)
         for j in tl.static_range(head, head + period):
             of_class = tl.where((c == j)[:, None], d_sum, 0)
-            tl.store(d_row + j * O + o, tl.sum(of_class, 0), o < O)
+            tl.store(d_row + j * O + o, tl.sum(of_class, 0), (o < O) & (m < M))
     tl.store(d_maps + (group * H + y) * W * O + at, d_map, inside)
 
 
