@@ -190,7 +190,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             groups.setdefault(done.group, {})[done.name] = done
     for group, contenders in groups.items():
         medians = {name: done.stats.median / done.extra_info["calls"] for name, done in contenders.items()}
-        others = [medians[name] for name in ("einsums", "eager", "torch.compile") if name in medians]
+        others = [medians[name] for name in ("einsums", "eager", "split", "torch.compile") if name in medians]
         terminalreporter.write_line(f"\n{group}")
         for name, done in contenders.items():
             line = f"  {name:16}{1e3 * medians[name]:12.3f} ms{done.extra_info['extra_mib']:10.1f} MiB"

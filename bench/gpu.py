@@ -34,8 +34,9 @@ from torch import Tensor
 
 import iio_kernels
 import iio_kernels.__main__
-from iio_kernels import composition_error, iio_loss, slot_attention
+from iio_kernels import broadcast_conv2d, composition_error, iio_loss, slot_attention
 from iio_kernels._backends import BACKENDS
+from iio_kernels.ops.broadcast import spec as broadcast_spec
 from iio_kernels.ops.composition import spec as composition_spec
 from iio_kernels.ops.inpainting import spec as inpainting_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
@@ -134,12 +135,17 @@ def build() -> dict[str, Any]:
 # --- calls of every operation ----------------------------------------------------------------------------------------
 
 
-SPECS = {"slot_attention": attention_spec, "inpainting": inpainting_spec, "composition": composition_spec}
+SPECS = {
+    "slot_attention": attention_spec,
+    "inpainting": inpainting_spec,
+    "composition": composition_spec,
+    "broadcast": broadcast_spec,
+}
 CASES = [(operation, case) for operation, spec in SPECS.items() for case in spec.BENCHMARKS[SIZES]]
 
 
 def inputs_of(operation: str, case: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The operation's inputs at a benchmark's size, in float32, and the gradient that comes to slot attention's U."""
+    """The operation's inputs at a benchmark's size, in float32, and the gradient to a result that is no error."""
     random = torch.Generator(DEVICE).manual_seed(0)
 
     def new(*shape: int) -> Tensor:
@@ -149,6 +155,9 @@ def inputs_of(operation: str, case: Any) -> tuple[tuple[Tensor, ...], Tensor | N
         q, k, v, dU = (new(*case.batch, n, D) for n, D in (
             (case.K, case.Dk), (case.N, case.Dk), (case.N, case.Dv), (case.K, case.Dv)))  # fmt: skip
         return (q, k, v), dU
+    if operation == "broadcast":
+        (z, weight, position_map), _ = case.make(torch.float32, DEVICE)
+        return (z, weight, position_map), new(*case.batch, *case.result)
     image = new(case.B, case.C, case.H, case.W).sigmoid()
     if operation == "inpainting":
         return (image, new(case.B, case.K, case.H, case.W).softmax(1)), None
@@ -163,6 +172,7 @@ def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dty
         "slot_attention": slot_attention,
         "inpainting": functools.partial(iio_loss, reduction="none"),
         "composition": functools.partial(composition_error, reduction="none"),
+        "broadcast": broadcast_conv2d,
     }[operation]
     return differentiated(
         functools.partial(function, **case.options, backend=backend),
@@ -243,6 +253,11 @@ def sanitize() -> dict[str, Any]:
             inputs, _ = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, b=backend: composition_error(*x, backend=b), inputs)()
             ran.append(f"composition, {backend}, channels last: {channels_last}")
+    for backend in serving("broadcast"):
+        for case in broadcast_spec.CASES:
+            inputs, options = case.make(torch.float32, DEVICE)
+            differentiated(lambda *x, o=options, b=backend: broadcast_conv2d(*x, **o, backend=b), inputs)()
+            ran.append(f"broadcast, {backend}, {case.name}")
     synchronize()
     return {"ran": ran}
 
@@ -254,14 +269,14 @@ def repeats() -> dict[str, Any]:
     """10,000 times the same call, bitwise: how often each ran in its time, and whether any result differed."""
     wanted = 10_000 if DEVICE == "cuda" else 3
     results: dict[str, Any] = {}
-    for operation in ("slot_attention", "inpainting", "composition"):
+    for operation in SPECS:
         for backend in serving(operation):
             case = SPECS[operation].BENCHMARKS[SIZES][0]
             call = call_of(operation, case, torch.float32, torch.float32, backend)
             first = call()
             differs = torch.zeros((), dtype=torch.bool, device=DEVICE)
             begun, done = time.monotonic(), 0
-            while done < wanted and time.monotonic() - begun < LIMIT / 6:
+            while done < wanted and time.monotonic() - begun < LIMIT / 8:
                 for x, y in zip(call(), first, strict=True):
                     differs |= (x != y).any()
                 done += 1
@@ -303,6 +318,9 @@ def variants() -> Iterator[Variant]:
                     "composition": (
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"NUMBERS": 4096, "WARPS": 2},
                         {"NUMBERS": 8192, "WARPS": 4},
+                    ),
+                    "broadcast": (
+                        {"NUMBERS": 1024}, {"NUMBERS": 2048}, {"WARPS": 2}, {"WARPS": 8}, {"GROUP": 4}, {"GROUP": 16},
                     ),
                 }[operation]  # fmt: skip
                 for settings in several:

@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from iio_kernels import composition_error, iio_loss, slot_attention, slot_attention_from_inputs
+from iio_kernels import broadcast_conv2d, composition_error, iio_loss, slot_attention, slot_attention_from_inputs
+from iio_kernels.ops.broadcast.spec import BENCHMARKS as BROADCAST
 from iio_kernels.ops.composition.spec import BENCHMARKS as COMPOSITION
 from iio_kernels.ops.inpainting.spec import BENCHMARKS as IIO
 from iio_kernels.ops.slot_attention.spec import BENCHMARKS as ATTENTION
@@ -194,6 +196,51 @@ def test_composition(race, device, machine, sets_of_inputs, case, backward, cont
         [step(seed) for seed in sets_of_inputs(case.bytes_moved(case.dtype))],
         group=f"composition_error, {case.name}, B{case.B} K{case.K} {case.H}x{case.W}{suffix(case.dtype)}, "
         f"{'forward+backward' if backward else 'forward'}",
+        name=contender,
+        floor=floor(case, machine, case.dtype, backward),
+    )
+
+
+@pytest.mark.parametrize("contender", ["eager", "split", "torch.compile", "ours"])
+@each_direction
+@pytest.mark.parametrize("case", BROADCAST[SIZES], **named)
+def test_broadcast(race, device, machine, sets_of_inputs, case, backward, contender):
+    """A decoder's first layer with its ReLU: eager convolves slots plus positions, as decoders do; the others split."""
+    convolve = F.conv_transpose2d if case.transposed else F.conv2d
+    more = (case.output_padding,) if case.transposed else ()
+
+    def plain(z, weight, position, bias):
+        grid = (z[:, :, None, None] + position).contiguous(memory_format=torch.channels_last)
+        return F.relu(convolve(grid, weight, bias, case.stride, case.padding, *more))
+
+    def split(z, weight, position, bias, backend):
+        position_map = convolve(position[None], weight, bias, case.stride, case.padding, *more)[0]
+        return broadcast_conv2d(z, weight, position_map, **case.options, backend=backend)
+
+    call = {
+        "eager": plain,
+        "split": lambda *x: split(*x, backend="reference"),
+        "torch.compile": compiled(plain),
+        "ours": lambda *x: split(*x, backend=OURS),
+    }
+
+    def step(seed: int):
+        (z, weight, position_map), _ = case.make(case.dtype, device, seed)
+        position = torch.randn(*case.size, case.D, device=device, dtype=case.dtype).permute(2, 0, 1)
+        inputs = [x.requires_grad_(backward) for x in (z, weight, position, position_map[:, 0, 0].clone())]
+        d_out = torch.randn(*case.batch, *case.result, device=device, dtype=case.dtype)
+        d_out = d_out.contiguous(memory_format=torch.channels_last)
+
+        def run():
+            out = call[contender](*inputs)
+            return torch.autograd.grad(out, inputs, d_out) if backward else out
+
+        return run
+
+    race(
+        [step(seed) for seed in sets_of_inputs(case.bytes_moved(case.dtype))],
+        group=f"broadcast_conv2d, {case.name}, {case.batch[0]} slots D{case.D} to {case.O} x "
+        f"{case.result[1]}x{case.result[2]}{suffix(case.dtype)}, {'forward+backward' if backward else 'forward'}",
         name=contender,
         floor=floor(case, machine, case.dtype, backward),
     )

@@ -2,6 +2,7 @@
 
 from iio_kernels._backends import backends
 from iio_kernels._version import __version__
+from iio_kernels.ops.broadcast import BroadcastFunction, broadcast_conv2d
 from iio_kernels.ops.composition import CompositionFunction, compose, composition_error
 from iio_kernels.ops.inpainting import (
     IIOLossFunction,
@@ -13,11 +14,13 @@ from iio_kernels.ops.inpainting import (
 from iio_kernels.ops.slot_attention import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
 
 __all__ = [
+    "BroadcastFunction",
     "CompositionFunction",
     "IIOLossFunction",
     "SlotAttentionFunction",
     "__version__",
     "backends",
+    "broadcast_conv2d",
     "compose",
     "composition_error",
     "conditional_entropies",

@@ -16,6 +16,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What autocast makes of a result of `dtype`: its own where it is on, but of float64 nothing else."""
+    if dtype == torch.float64 or not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
+
+
 @torch.compiler.assume_constant_result
 def _has_autocast(device_type: str) -> bool:
     """Out of sight of torch.compile: that of torch 2.11 cannot trace the question."""

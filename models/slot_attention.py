@@ -138,38 +138,16 @@ class Decoder(nn.Module):
         self.to_rgba = nn.Conv2d(channels, 4, 3, padding="same")
 
     def forward(self, slots: Tensor) -> Tensor:
-        z = slots.flatten(0, -2)
         first, *others = self.convs
-        if self.strided:
-            x = first((z[:, :, None, None] + self.position.embedding()).contiguous(memory_format=torch.channels_last))
-        else:
-            x = broadcast_conv2d(z, self.position.embedding(), first.weight, first.bias)
+        # A slot is the same all over the grid, and the position embedding the same for all slots: it is convolved once.
+        position = self.position.embedding()
+        x = iio_kernels.broadcast_conv2d(
+            slots.flatten(0, -2), first.weight, first(position.unsqueeze(0))[0], position.shape[1:],
+            stride=first.stride, padding=first.kernel_size[0] // 2, transposed=self.strided, relu=True,
+        )  # fmt: skip
         for conv in others:
-            x = conv(F.relu(x))
-        return self.to_rgba(F.relu(x)).unflatten(0, slots.shape[:-1])
-
-
-def broadcast_conv2d(z: Tensor, position: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """conv2d of `z[:, :, None, None] + position` with zero "same" padding, without making that sum.
-
-    z (M, D), position (D, H, W), weight (O, D, k, k) with k odd and at most H and W, bias (O,) -> (M, O, H, W),
-    channels last. Exact: convolution is linear, so the position map is convolved once for all M, and a constant
-    image's convolution is one of only k x k vectors, by how many of the taps the borders cut off. O(M D O k^2) where
-    the convolution itself takes O(M D O k^2 H W).
-    """
-    (D, H, W), (out, _, k, _) = position.shape, weight.shape
-    half = k // 2
-    # inside[c, t]: whether tap t falls inside the image for the c-th kind of row (or column): c counts the first
-    # `half` rows, then stands once for all rows in the middle, then counts the last `half`.
-    c, t = torch.arange(k, device=z.device)[:, None], torch.arange(k, device=z.device)[None, :]
-    inside = ((c + t >= half) & (c + t < half + k)).to(weight.dtype)
-    kinds = torch.einsum("ay,odyx,bx->daob", inside, weight, inside).permute(0, 1, 3, 2)
-    constant = (z @ kinds.reshape(D, k * k * out)).view(-1, k, k, out)
-    rows = constant[:, half : half + 1].expand(-1, H - 2 * half, -1, -1)
-    constant = torch.cat([constant[:, :half], rows, constant[:, half + 1 :]], 1)
-    columns = constant[:, :, half : half + 1].expand(-1, -1, W - 2 * half, -1)
-    constant = torch.cat([constant[:, :, :half], columns, constant[:, :, half + 1 :]], 2)
-    return constant.permute(0, 3, 1, 2) + F.conv2d(position[None], weight, bias, padding="same")
+            x = F.relu(conv(x))
+        return self.to_rgba(x).unflatten(0, slots.shape[:-1])
 
 
 class SlotAttentionAutoEncoder(nn.Module):

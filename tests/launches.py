@@ -62,6 +62,19 @@ def composition(
         kernels._composition_backward(*incoming, results(B), decoded, image, everything)
 
 
+def broadcast(
+    way: str, M: int, H: int, W: int, O: int, rows: list[int], columns: list[int], dtype: torch.dtype, relu: bool = True
+) -> None:
+    from iio_kernels.ops.broadcast import triton as kernels
+
+    sums = partial(new, dtype=arithmetic(dtype))
+    inputs = sums(M, sum(rows), sum(columns), O), sums(H, W, O)
+    if way == "forward":
+        kernels._broadcast_forward(*inputs, rows, columns, relu, dtype)
+    else:
+        kernels._broadcast_backward(new(M, H, W, O, dtype=dtype), *inputs, rows, columns, relu)
+
+
 def inpainting(
     operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
     repeats: int = 2,
@@ -115,6 +128,21 @@ CALLS |= {
         ("all results", (64, 7, 3, 128, 128, F32, True, True)),
         ("K24", (8, 24, 3, 64, 64, BF16, True)),
         ("float64", (8, 4, 3, 35, 35, F64, False)),
+    )
+    for way in WAYS
+}
+SAME, TRANSPOSED = [2, 1, 2], [1, 2, 2]  # classes of 5 taps: stride 1, and a transposed convolution of stride 2
+CALLS |= {
+    f"broadcast, {name}, {way}": partial(broadcast, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (256, 35, 35, 32, SAME, SAME, F32)),
+        ("Tetrominoes bfloat16", (256, 35, 35, 32, SAME, SAME, BF16)),
+        ("Tetrominoes float16", (256, 35, 35, 32, SAME, SAME, F16)),
+        ("no ReLU", (256, 35, 35, 32, SAME, SAME, F32, False)),
+        ("CLEVR6", (448, 16, 16, 64, TRANSPOSED, TRANSPOSED, F32)),
+        ("CLEVR6 bfloat16", (448, 16, 16, 64, TRANSPOSED, TRANSPOSED, BF16)),
+        ("IODINE", (448, 128, 128, 64, SAME, SAME, F32)),
+        ("float64", (256, 35, 35, 32, SAME, SAME, F64)),
     )
     for way in WAYS
 }

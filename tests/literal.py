@@ -128,3 +128,25 @@ def composition_error(image: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
     """Each image's mean squared error (B,), and the masks."""
     reconstruction, masks = compose(decoded)
     return ((reconstruction - image) ** 2).mean((1, 2, 3)), masks
+
+
+def broadcast_conv2d(
+    z: Tensor,
+    weight: Tensor,
+    position_map: Tensor,
+    size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    transposed: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """(..., O, H', W'): z at every pixel of the grid, convolved there."""
+    grid = z.reshape(-1, z.shape[-1], 1, 1).expand(-1, -1, *size)
+    if transposed:
+        sizes = zip(position_map.shape[1:], size, stride, padding, weight.shape[2:], strict=True)
+        over = [out - ((n - 1) * s - 2 * p + k) for out, n, s, p, k in sizes]
+        convolved = F.conv_transpose2d(grid, weight, None, stride, padding, over)
+    else:
+        convolved = F.conv2d(grid, weight, None, stride, padding)
+    out = convolved + position_map
+    return (out.relu() if relu else out).view(*z.shape[:-1], *position_map.shape)

@@ -12,6 +12,7 @@ import torch
 import iio_kernels
 from iio_kernels import (
     _backends,
+    broadcast_conv2d,
     compose,
     composition_error,
     conditional_entropies,
@@ -49,12 +50,13 @@ def test_backends_names_them_all_with_the_reason_against(registry):
     assert iio_kernels.backends() == {"here": None, "away": "no compiler was found"}
 
 
-@pytest.mark.parametrize("op", ["composition", "inpainting", "slot_attention"])
+@pytest.mark.parametrize("op", ["broadcast", "composition", "inpainting", "slot_attention"])
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference" and usable(name)])
 def test_every_backend_offers_every_operation(name, op):
     kernels = _backends.implementation(op, name)
     assert isinstance(kernels, ModuleType)
     offered = {
+        "broadcast": ("forward", "backward"),
         "composition": ("forward", "backward"),
         "inpainting": (
             "loss_and_gradient",
@@ -154,12 +156,14 @@ def test_a_compiled_transform_is_right_or_raises(name):
     """torch.compile looks past Functions inside a torch.func transform: no gradient may come out as 0."""
     q, k = torch.rand(1, 2, 4), torch.rand(1, 5, 4)
     image, masks, decoded = torch.rand(1, 2, 11, 11), torch.rand(1, 2, 11, 11), torch.rand(1, 2, 3, 11, 11)
+    weight, position_map = torch.rand(2, 4, 3, 3), torch.rand(2, 5, 6)
     for function, x in (
         (lambda q: slot_attention(q, k, k, backend=name).square().sum(), q),
         (lambda masks: iio_loss(image, masks, backend=name), masks),
         (lambda masks: conditional_entropies(image, masks, backend=name).sum(), masks),
         (lambda masks: inpaint(image, masks, backend=name).square().sum(), masks),
         (lambda decoded: composition_error(image, decoded, backend=name), decoded),
+        (lambda q: broadcast_conv2d(q, weight, position_map, (5, 6), padding=1, backend=name).square().sum(), q),
     ):
         expected = torch.func.grad(function)(x)
         assert expected.abs().max() > 0
@@ -182,11 +186,11 @@ def test_documented_examples_run():
     names = {name: getattr(iio_kernels, name) for name in iio_kernels.__all__}
     tests = [
         test
-        for function in (slot_attention, iio_loss, compose, composition_error)
+        for function in (slot_attention, iio_loss, compose, composition_error, broadcast_conv2d)
         for test in doctest.DocTestFinder().find(function, globs={**names, "torch": torch})
     ]
     results = [doctest.DocTestRunner().run(test) for test in tests]
-    assert sum(result.attempted for result in results) >= 4
+    assert sum(result.attempted for result in results) >= 5
     assert sum(result.failed for result in results) == 0
 
 

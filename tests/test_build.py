@@ -341,6 +341,7 @@ torch.ops.load_library({str(tmp_path / "library.so")!r})
 import iio_kernels._build as b
 b._load = lambda library: None
 import iio_kernels
+from iio_kernels.ops.broadcast.spec import CASES as broadcast
 from iio_kernels.ops.composition.spec import CASES as composition
 from iio_kernels.ops.inpainting.spec import CASES as iio
 from iio_kernels.ops.slot_attention.spec import CASES as attention
@@ -363,6 +364,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
         error, masks = iio_kernels.composition_error(*leaves, backend="cpu", return_masks=True, **options)
         reconstruction, _ = iio_kernels.compose(leaves[1], backend="cpu")
         (error + masks.square().sum() + reconstruction.sum()).backward()
+    for case in broadcast:
+        tensors, options = case.make(dtype)
+        leaves = [x.requires_grad_() for x in tensors]
+        iio_kernels.broadcast_conv2d(*leaves, backend="cpu", **options).square().sum().backward()
 print("clean")
 """
     environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0"}

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 import train
-from iio_kernels import _build, composition_error, conditional_entropies, iio_loss, inpaint, slot_attention
+from iio_kernels import (
+    _build,
+    broadcast_conv2d,
+    composition_error,
+    conditional_entropies,
+    iio_loss,
+    inpaint,
+    slot_attention,
+)
 from iio_kernels._backends import BACKENDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -33,12 +41,23 @@ def composition_inputs(random: torch.Generator) -> Tensors:
     return image, torch.randn(3, 4, 4, 21, 19, generator=random, device=random.device)
 
 
+def broadcast_inputs(random: torch.Generator) -> Tensors:
+    return tuple(
+        torch.randn(shape, generator=random, device=random.device) for shape in ((19, 5), (7, 5, 5, 5), (7, 9, 8))
+    )
+
+
+def broadcast(z: Tensor, weight: Tensor, position_map: Tensor, *, backend: str) -> Tensor:
+    return broadcast_conv2d(z, weight, position_map, (9, 8), padding=2, relu=True, backend=backend)
+
+
 FUNCTIONS = {
     slot_attention: ("slot_attention", attention_inputs),
     iio_loss: ("inpainting", inpainting_inputs),
     conditional_entropies: ("inpainting", inpainting_inputs),
     inpaint: ("inpainting", inpainting_inputs),
     composition_error: ("composition", composition_inputs),
+    broadcast: ("broadcast", broadcast_inputs),
 }
 CALLS = [
     pytest.param(function, backend, new, id=f"{function.__name__}-{backend}")

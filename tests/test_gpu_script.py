@@ -35,10 +35,12 @@ def test_dry_run(tmp_path):
     assert sorted(results) == sorted(parts)
     assert results["machine"]["torch"] == torch.__version__
     assert all(worst <= 1 for worst in results["accuracy"].values())
-    assert {"slot_attention, triton", "inpainting, triton", "composition, triton"} == set(results["repeats"])
+    assert {"slot_attention, triton", "inpainting, triton", "composition, triton", "broadcast, triton"} == set(
+        results["repeats"]
+    )
     assert not any(result["differed"] for result in results["repeats"].values())
     names = {benchmark["name"] for benchmark in results["benchmarks"]["benchmarks"]}
-    assert names - {"ours, bf16"} == {"literal", "einsums", "eager", "torch.compile", "ours"}
+    assert names - {"ours, bf16"} == {"literal", "einsums", "eager", "split", "torch.compile", "ours"}
     assert all(isinstance(x, float) for times in results["launch_settings"].values() for x in times.values())
     assert results["summary"]["tests"]["failures"] == results["summary"]["tests"]["errors"] == 0
     assert results["summary"]["tests"]["tests"] > 10

@@ -1,12 +1,11 @@
 """The Slot Attention autoencoder is the paper's: layers, algorithm, invariances; and its shortcuts are exact."""
 
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from models.slot_attention import SlotAttentionAutoEncoder, broadcast_conv2d
+import train
+from models.slot_attention import SlotAttentionAutoEncoder
 
 
 def shapes(module):
@@ -53,35 +52,21 @@ def test_clevr_decoder_is_strided():
         SlotAttentionAutoEncoder((64, 64), strided=True)
 
 
-@given(height=st.integers(5, 11), width=st.integers(5, 11), k=st.sampled_from([1, 3, 5]), seed=st.integers(0, 2**31))
-def test_broadcast_convolution_is_exact(height, width, k, seed):
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
-
-    inputs = randn(3, 6), randn(6, height, width), randn(4, 6, k, k), randn(4)
-    z, position, weight, bias = inputs
-    ours = broadcast_conv2d(*inputs)
-    plain = F.conv2d(z[:, :, None, None] + position, weight, bias, padding="same")
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    grad = torch.randn(plain.shape, generator=g, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-def algorithm_1(module, inputs, slots, iterations):
-    """Slot Attention as its paper prints it, with keys and values."""
-    inputs = module.norm_inputs(inputs)
-    k, v = module.to_k(inputs), module.to_v(inputs)
-    for _ in range(iterations):
-        previous = slots
-        q = module.to_q(module.norm_slots(slots))
-        attention = (k @ q.mT * q.shape[-1] ** -0.5).softmax(-1) + 1e-8
-        updates = (attention / attention.sum(1, keepdim=True)).mT @ v
-        slots = module.gru(updates.flatten(0, 1), previous.flatten(0, 1)).view_as(slots)
-        slots = slots + module.mlp(module.norm_mlp(slots))
-    return slots
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_the_decoder_is_its_layers(strided, kernel_size):
+    torch.manual_seed(0)
+    resolution = (128, 128) if strided else (9, 7)
+    decoder = SlotAttentionAutoEncoder(
+        resolution, channels=3, slot_size=4, kernel_size=kernel_size, strided=strided
+    ).decoder.double()
+    slots = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [slots, *decoder.parameters()]
+    ours, expected = decoder(slots), plain.decode(decoder, slots)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(expected)
+    for x, y in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10 * y.abs().max().item())
 
 
 def test_slot_attention_is_algorithm_1():
@@ -90,13 +75,13 @@ def test_slot_attention_is_algorithm_1():
     inputs = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
     slots = module.draw(torch.randn(2, 5, 64, dtype=torch.float64))
     ours, _ = module(inputs, slots, 3)
-    plain = algorithm_1(module, inputs, slots, 3)
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    expected = plain.attend(module, inputs, slots, 3)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     parameters = [inputs, *module.parameters()]
-    weights = torch.randn_like(plain)
+    weights = torch.randn_like(expected)
     for a, b in zip(
         torch.autograd.grad((ours * weights).sum(), parameters, retain_graph=True),
-        torch.autograd.grad((plain * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -162,3 +147,21 @@ def test_bfloat16_autocast_keeps_the_masks_in_float32(model):
         scene = model(torch.rand(2, 3, 15, 13))
         assert scene.decoded.dtype == torch.bfloat16
         assert {x.dtype for x in (*scene.compose(), *scene.error(torch.rand(2, 3, 15, 13)))} == {torch.float32}
+
+
+@pytest.mark.parametrize("phase", ["pre-training", "fine-tuning"])
+def test_a_training_step_is_that_of_the_plain_model(phase):
+    """Loss and gradients to all weights, of the whole model, against the same written out without kernels."""
+    torch.manual_seed(0)
+    config = train.resolve(train.Config(preset="smoke", device="cpu", precision="fp32"))
+    model = train.build_model(config, (35, 35)).double()
+    image = torch.rand(3, 3, 35, 35, dtype=torch.float64)
+    noise = torch.randn(3, 4, 64, dtype=torch.float64)
+    ours, _ = train.losses(model(image * 2 - 1, noise=noise), image, phase, config)
+    expected = plain.loss(model, image, noise, phase)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
+    leaves = list(model.parameters())
+    gradients = [torch.autograd.grad(loss, leaves) for loss in (ours, expected)]
+    norm = torch.stack([g.norm() for g in gradients[1]]).norm().item()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * norm)
