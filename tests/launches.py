@@ -62,6 +62,22 @@ def composition(
         kernels._composition_backward(*incoming, results(B), decoded, image, everything)
 
 
+def iterations(
+    way: str, B: int, N: int, K: int, Dx: int, D: int, H: int, dtype: torch.dtype, attention: bool = False
+) -> None:
+    from iio_kernels.ops.iterations import triton as kernels
+    from iio_kernels.ops.iterations.reference import made_by_maps, on_tape, read_by_maps
+
+    own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
+    x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)
+    weights = [results(*shape) for shape in zip(made, read_by_maps(D, Dx, H), strict=True)]
+    if way == "forward":
+        kernels._iterations_forward(x, slots, weights, [results(width) for width in made], 3, 1e-8, 1e-5, attention)
+    else:
+        tape, dA = results(B, 3, K, sum(on_tape(D, Dx, H))), results(B, K, N) if attention else None
+        kernels._iterations_backward(slots, dA, x, tape, weights, 1e-8)
+
+
 def inpainting(
     operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
     repeats: int = 2,
@@ -115,6 +131,19 @@ CALLS |= {
         ("all results", (64, 7, 3, 128, 128, F32, True, True)),
         ("K24", (8, 24, 3, 64, 64, BF16, True)),
         ("float64", (8, 4, 3, 35, 35, F64, False)),
+    )
+    for way in WAYS
+}
+CALLS |= {
+    f"iterations, {name}, {way}": partial(iterations, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (64, 1225, 4, 32, 64, 128, F32)),
+        ("Tetrominoes bfloat16", (64, 1225, 4, 32, 64, 128, BF16)),
+        ("CLEVR6", (64, 16384, 7, 64, 64, 128, F32)),
+        ("CLEVR6 bfloat16", (64, 16384, 7, 64, 64, 128, BF16)),
+        ("attention", (64, 4096, 16, 64, 64, 128, F32, True)),
+        ("D256", (64, 256, 16, 256, 256, 256, F32)),
+        ("float64", (4, 300, 7, 32, 64, 128, F64)),
     )
     for way in WAYS
 }
