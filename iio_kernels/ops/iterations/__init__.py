@@ -129,6 +129,11 @@ def slot_attention_module(
     _checks.flag("return_attention", return_attention)
     device = _checks.same_device(x=x, slots=slots, **weights._asdict())
     name = _backends.choose("iterations", backend, device)
+    if backend == "triton" and not fits_triton(x, slots, weights):
+        raise ValueError(
+            f"backend: 'triton' has no kernels for {slots.shape[1]} slots and features of "
+            f"{slots.shape[2]}, {x.shape[2]} and {len(weights.w1)}: expected one of 'auto', 'reference'"
+        )
     with without_autocast(device):
         dtype = arithmetic_dtype(x, slots, *weights)
         s, weights = slots.to(dtype), SlotAttentionWeights(*(w.to(dtype) for w in weights))
@@ -200,15 +205,20 @@ def _maps(weights: SlotAttentionWeights, scale: float) -> Maps:
     )  # fmt: skip
 
 
-#: What a program of the Triton kernels holds at a time, and the bytes of an image's inputs beyond which one program for
-#: each image leaves a GPU idle: its multiprocessors then share images better, as `slot_attention_from_inputs` does.
-MOST_SLOTS, MOST_FEATURES, MOST_BYTES = 16, 256, 256 << 10
+#: What a program of the Triton kernels has registers for, sizes padded to powers of two: so many slots, features of any
+#: kind, slots times the width of x, and width of x times the widest. And the bytes of an image's inputs beyond which a
+#: program for each image is too little for a GPU, whose multiprocessors then better share an image, as they do in
+#: `slot_attention_from_inputs`.
+MOST_SLOTS, MOST_FEATURES, MOST_MEANS, MOST_WEIGHTS, MOST_BYTES = 16, 256, 1024, 64 * 256, 256 << 10
 
 
 def fits_triton(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) -> bool:
     """Whether there are Triton kernels for sizes such as these."""
-    (_, K, D), Dx, H = slots.shape, x.shape[2], len(weights.w1)
-    return K <= MOST_SLOTS and max(D, Dx, H) <= MOST_FEATURES
+    K, Dx, widest = slots.shape[1], x.shape[2], max(slots.shape[2], x.shape[2], len(weights.w1))
+    if K > MOST_SLOTS or widest > MOST_FEATURES:
+        return False
+    K, Dx, widest = (1 << (size - 1).bit_length() for size in (K, Dx, widest))
+    return K * Dx <= MOST_MEANS and Dx * widest <= MOST_WEIGHTS
 
 
 def suits_one_launch(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) -> bool:

@@ -1,10 +1,10 @@
 """The iterations of Slot Attention in Triton: one launch forward, one backward, a program for each image.
 
-A program goes through all iterations. Its inputs, read anew in each, stay in the second cache, some 157 KB of an image of
-Tetrominoes; what belongs to the slots passes from one step to the next through the tape, which is kept anyway, so that
-weights can be read in pieces and registers hold little at a time. Threads then read what others wrote: a barrier stands
-between. Backwards, a first pass over the inputs for each iteration makes what the iteration before it needs; the
-gradient to x is made in a last pass, of all iterations at once, so that it is written once.
+A program goes through all iterations. Its inputs, read anew in each, stay in the second cache, 157 KB of an image of
+Tetrominoes. What belongs to the slots passes from one step to the next through the tape, which is kept anyway, so that
+weights are read in pieces and registers hold little at a time. Threads then read what others wrote: a barrier stands
+between. Backwards, a pass over the inputs for each iteration makes what the iteration before it needs; the gradient to
+x is made in a last pass, of all iterations at once, so that it is written once.
 
 All products are in float32, or in TF32 if torch may do so: what counts here is not operations but launches, about
 thirty an iteration in PyTorch.
@@ -68,14 +68,14 @@ def _load_number(row, column, s, m: Meta):
 
 
 @inlined
-def _product(row, column, I, w, w_in, w_out, d, D, s, m: Meta):
-    """sum_i rows[s, column + i] w[i, d] (s, d), of I numbers i; strides w_in and w_out lead from i to i and d to d."""
+def _product(row, column, number, w, w_in, w_out, d, D, s, m: Meta):
+    """sum_i rows[s, column + i] w[i, d] (s, d), of so many numbers i; w's strides lead from i to i and from d to d."""
     total = tl.zeros([m.K_PADDED, d.shape[0]], m.DTYPE)
-    for i0 in range(0, I, m.BLOCK_I):
+    for i0 in range(0, number, m.BLOCK_I):
         i = i0 + tl.arange(0, m.BLOCK_I)
-        x = _load(row, column, i, I, s, m)
+        x = _load(row, column, i, number, s, m)
         w_at = w + (i[:, None] * w_in + d[None, :] * w_out)
-        w_tile = tl.load(w_at, (i < I)[:, None] & (d < D)[None, :], other=0.0)
+        w_tile = tl.load(w_at, (i < number)[:, None] & (d < D)[None, :], other=0.0)
         total = tl.dot(x, w_tile, total, input_precision=m.PRECISION, out_dtype=m.DTYPE)
     return total
 
@@ -149,7 +149,7 @@ def _attention(x, p, s, m: Meta):
 def _attention_gradient(x, A, dM, dM_M, dA_in, n, s, N, taken, m: Meta):
     """dL (n, s), with dA = <dM[s], x[n] - M[s]> and where `taken` what comes to A itself; dM is divided by S."""
     dA = _scores(x, dM, m) - dM_M[None, :]
-    if dA_in is not None:
+    if dA_in is not None:  # noqa: SIM102
         if taken:
             at = dA_in.ptr + (s[None, :] * dA_in.row + n[:, None] * dA_in.column)
             dA += tl.load(at, (n < N)[:, None] & (s < m.K)[None, :], other=0.0)
@@ -179,12 +179,12 @@ def _forward(
 ):  # fmt: skip
     """All tensors but x, `Strided`, are contiguous.
 
-        x           (B, N, Dx) in any dtype
-        slots       (B, K, D)
-        wp to b2    the maps of reference.py
-        last_slots  (B, K, D)                      out
-        A_out       (B, K, N), or None             out
-        tape        (B, T, K, see reference.py)    out
+    x           (B, N, Dx) in any dtype
+    slots       (B, K, D)
+    wp to b2    the maps of reference.py
+    last_slots  (B, K, D)                      out
+    A_out       (B, K, N), or None             out
+    tape        (B, T, K, see reference.py)    out
     """
     b = tl.program_id(0).to(tl.int64)
     s, e = tl.arange(0, m.K_PADDED).to(m.INDEX), tl.arange(0, m.DX_PADDED).to(m.INDEX)
@@ -217,7 +217,7 @@ def _forward(
             n = (n0 + tl.arange(0, m.BLOCK_N)).to(m.INDEX)
             x_tile = _inputs(inputs, x.row, x.column, n, e, N, m)
             A = _attention(x_tile, p, s, m)
-            if A_out is not None:
+            if A_out is not None:  # noqa: SIM102
                 if t == T - 1:
                     at = A_out + b * m.K * N + (s[None, :] * N + n[:, None])
                     tl.store(at, A, (n < N)[:, None] & (s < m.K)[None, :])
@@ -264,13 +264,13 @@ def _backward(
 ):  # fmt: skip
     """x, dA and dx are `Strided`, the others contiguous.
 
-        d_last_slots  (B, K, D)
-        dA            (B, K, N), or None
-        x, tape       as in the forward kernel
-        dx            (B, N, Dx) in x's dtype             out
-        d_slots       (B, K, D)                           out
-        made          (B, T, K, see reference.py)         out
-        dM_all        (B, T, K, Dx): dM / S, on the way
+    d_last_slots  (B, K, D)
+    dA            (B, K, N), or None
+    x, tape       as in the forward kernel
+    dx            (B, N, Dx) in x's dtype             out
+    d_slots       (B, K, D)                           out
+    made          (B, T, K, see reference.py)         out
+    dM_all        (B, T, K, Dx): dM / S, on the way
     """
     b = tl.program_id(0).to(tl.int64)
     s, e = tl.arange(0, m.K_PADDED).to(m.INDEX), tl.arange(0, m.DX_PADDED).to(m.INDEX)
@@ -388,6 +388,11 @@ def _iterations_backward(
     return dx, d_first, made
 
 
+def tile(K_PADDED: int, widest: int) -> tuple[int, int]:
+    """Inputs in a tile, and the warps that work on it: such that nothing spills from registers."""
+    return (32, 4) if K_PADDED <= 8 and widest <= 128 else (16, 8)
+
+
 def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *arguments: Any) -> None:
     """Run a program for each image, on the tensors' device, which need not be the current one."""
     (B, K, D), Dx, H = slots.shape, x.shape[2], weights[3].shape[0]
@@ -397,12 +402,11 @@ def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *argum
     # Tensor cores multiply 16 slots at a time. Without them tiles need fewer.
     K_PADDED = max(triton.next_power_of_2(K), 16 if tf32 else 4)
     D_PADDED, DX_PADDED, H_PADDED = (max(16, triton.next_power_of_2(width)) for width in (D, Dx, H))
-    widest = max(D_PADDED, DX_PADDED, H_PADDED)
-    num_warps = 4 if widest <= 128 else 8
+    BLOCK_N, num_warps = tile(K_PADDED, max(D_PADDED, DX_PADDED, H_PADDED))
     large = [y.ptr if isinstance(y, Strided) else y for y in arguments]
     meta = Meta(
         K, D, Dx, H, K_PADDED, D_PADDED, DX_PADDED, H_PADDED,
-        BLOCK_N=32 if DX_PADDED <= 64 else 16, BLOCK_I=16,
+        BLOCK_N=BLOCK_N, BLOCK_I=16,
         DTYPE=tl.float64 if slots.dtype == torch.float64 else tl.float32, PRECISION="tf32" if tf32 else "ieee",
         INDEX=index_type(*(y for y in large if isinstance(y, Tensor) and y.dim() == 3)),
     )  # fmt: skip
@@ -411,7 +415,7 @@ def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *argum
             *arguments,
             Meta(*map(tl.constexpr, meta)),
             num_warps=num_warps // 2 if torch.version.hip else num_warps,  # whose warps have 64 threads
-            num_stages=2,
+            num_stages=1,  # no load runs ahead of a barrier
             enable_fp_fusion=True,
         )
 
