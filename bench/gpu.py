@@ -31,10 +31,11 @@ from torch import Tensor
 
 import iio_kernels
 import iio_kernels.__main__
-from iio_kernels import composition_error, iio_loss, slot_attention
+from iio_kernels import SlotAttentionWeights, composition_error, iio_loss, slot_attention, slot_attention_module
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.composition import spec as composition_spec
 from iio_kernels.ops.inpainting import spec as inpainting_spec
+from iio_kernels.ops.iterations import spec as iterations_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +132,12 @@ def build() -> dict[str, Any]:
 # --- calls of every operation ----------------------------------------------------------------------------------------
 
 
-SPECS = {"slot_attention": attention_spec, "inpainting": inpainting_spec, "composition": composition_spec}
+SPECS = {
+    "slot_attention": attention_spec,
+    "inpainting": inpainting_spec,
+    "composition": composition_spec,
+    "iterations": iterations_spec,
+}
 CASES = [(operation, case) for operation, spec in SPECS.items() for case in spec.BENCHMARKS[SIZES]]
 
 
@@ -146,11 +152,18 @@ def inputs_of(operation: str, case: Any) -> tuple[tuple[Tensor, ...], Tensor | N
         q, k, v, dU = (new(*case.batch, n, D) for n, D in (
             (case.K, case.Dk), (case.N, case.Dk), (case.N, case.Dv), (case.K, case.Dv)))  # fmt: skip
         return (q, k, v), dU
+    if operation == "iterations":
+        (x, slots, weights, _), _ = case.make(torch.float32, DEVICE)
+        return (x, slots, *weights), new(*slots.shape)
     image = new(case.B, case.C, case.H, case.W).sigmoid()
     if operation == "inpainting":
         return (image, new(case.B, case.K, case.H, case.W).softmax(1)), None
     decoded = new(case.B, case.K, case.H, case.W, case.C + 1).permute(0, 1, 4, 2, 3)
     return (image, decoded if case.channels_last else decoded.contiguous()), None
+
+
+def module(x: Tensor, slots: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return slot_attention_module(x, slots, SlotAttentionWeights(*weights), **options)
 
 
 def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dtype, backend: str) -> Call:
@@ -160,6 +173,7 @@ def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dty
         "slot_attention": slot_attention,
         "inpainting": functools.partial(iio_loss, reduction="none"),
         "composition": functools.partial(composition_error, reduction="none"),
+        "iterations": functools.partial(module, iterations=getattr(case, "T", None)),
     }[operation]
     return differentiated(
         functools.partial(function, **case.options, backend=backend),
@@ -240,6 +254,11 @@ def sanitize() -> dict[str, Any]:
             inputs, _ = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, b=backend: composition_error(*x, backend=b), inputs)()
             ran.append(f"composition, {backend}, channels last: {channels_last}")
+    for backend in serving("iterations"):
+        for dtype in (torch.float32, torch.bfloat16):
+            (x, slots, weights, T), _ = iterations_spec.Case("odd", K=5, N=83, Dx=24, D=40).make(dtype, DEVICE)
+            differentiated(lambda *x, b=backend, t=T: module(*x, iterations=t, backend=b), (x, slots, *weights))()
+            ran.append(f"iterations, {dtype}, {backend}")
     synchronize()
     return {"ran": ran}
 
@@ -251,14 +270,14 @@ def repeats() -> dict[str, Any]:
     """10,000 times the same call, bitwise: how often each ran in its time, and whether any result differed."""
     wanted = 10_000 if DEVICE == "cuda" else 3
     results: dict[str, Any] = {}
-    for operation in ("slot_attention", "inpainting", "composition"):
+    for operation in SPECS:
         for backend in serving(operation):
             case = SPECS[operation].BENCHMARKS[SIZES][0]
             call = call_of(operation, case, torch.float32, torch.float32, backend)
             first = call()
             differs = torch.zeros((), dtype=torch.bool, device=DEVICE)
             begun, done = time.monotonic(), 0
-            while done < wanted and time.monotonic() - begun < LIMIT / 6:
+            while done < wanted and time.monotonic() - begun < LIMIT / 8:
                 for x, y in zip(call(), first, strict=True):
                     differs |= (x != y).any()
                 done += 1
@@ -301,6 +320,7 @@ def variants() -> Iterator[Variant]:
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"NUMBERS": 4096, "WARPS": 2},
                         {"NUMBERS": 8192, "WARPS": 4},
                     ),
+                    "iterations": ({"SMALL": (16, 4)}, {"SMALL": (64, 4)}, {"SMALL": (32, 8)}),
                 }[operation]  # fmt: skip
                 for settings in several:
                     yield variant._replace(label=f"{settings}", settings=settings)

@@ -32,7 +32,9 @@ def test_dry_run(tmp_path):
     assert sorted(results) == sorted(parts)
     assert results["machine"]["torch"] == torch.__version__
     assert all(worst <= 1 for worst in results["accuracy"].values())
-    assert {"slot_attention, triton", "inpainting, triton", "composition, triton"} == set(results["repeats"])
+    assert {"slot_attention, triton", "inpainting, triton", "composition, triton", "iterations, triton"} == set(
+        results["repeats"]
+    )
     assert not any(result["differed"] for result in results["repeats"].values())
     names = {benchmark["name"] for benchmark in results["benchmarks"]["benchmarks"]}
     assert names == {"literal", "einsums", "eager", "torch.compile", "ours"}

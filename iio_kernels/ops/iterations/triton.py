@@ -388,9 +388,9 @@ def _iterations_backward(
     return dx, d_first, made
 
 
-def tile(K_PADDED: int, widest: int) -> tuple[int, int]:
-    """Inputs in a tile, and the warps that work on it: such that nothing spills from registers."""
-    return (32, 4) if K_PADDED <= 8 and widest <= 128 else (16, 8)
+#: Inputs in a tile, and the warps that work on it, for few slots of few features and for others: such that nothing
+#: spills from registers.
+SMALL, LARGE = (32, 4), (16, 8)
 
 
 def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *arguments: Any) -> None:
@@ -402,7 +402,8 @@ def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *argum
     # Tensor cores multiply 16 slots at a time. Without them tiles need fewer.
     K_PADDED = max(triton.next_power_of_2(K), 16 if tf32 else 4)
     D_PADDED, DX_PADDED, H_PADDED = (max(16, triton.next_power_of_2(width)) for width in (D, Dx, H))
-    BLOCK_N, num_warps = tile(K_PADDED, max(D_PADDED, DX_PADDED, H_PADDED))
+    few = K_PADDED <= 8 and max(D_PADDED, DX_PADDED, H_PADDED) <= 128
+    BLOCK_N, num_warps = SMALL if few else LARGE
     large = [y.ptr if isinstance(y, Strided) else y for y in arguments]
     meta = Meta(
         K, D, Dx, H, K_PADDED, D_PADDED, DX_PADDED, H_PADDED,
