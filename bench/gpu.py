@@ -320,7 +320,9 @@ def variants() -> Iterator[Variant]:
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"NUMBERS": 4096, "WARPS": 2},
                         {"NUMBERS": 8192, "WARPS": 4},
                     ),
-                    "iterations": ({"SMALL": (16, 4)}, {"SMALL": (64, 4)}, {"SMALL": (32, 8)}),
+                    "iterations": (
+                        {"FORWARD": (32, 8)}, {"FORWARD": (64, 4)}, {"BACKWARD": (16, 8)}, {"BACKWARD": (32, 4)},
+                    ),
                 }[operation]  # fmt: skip
                 for settings in several:
                     yield variant._replace(label=f"{settings}", settings=settings)

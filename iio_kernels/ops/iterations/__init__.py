@@ -205,20 +205,16 @@ def _maps(weights: SlotAttentionWeights, scale: float) -> Maps:
     )  # fmt: skip
 
 
-#: What a program of the Triton kernels has registers for, sizes padded to powers of two: so many slots, features of any
-#: kind, slots times the width of x, and width of x times the widest. And the bytes of an image's inputs beyond which a
-#: program for each image is too little for a GPU, whose multiprocessors then better share an image, as they do in
-#: `slot_attention_from_inputs`.
-MOST_SLOTS, MOST_FEATURES, MOST_MEANS, MOST_WEIGHTS, MOST_BYTES = 16, 256, 1024, 64 * 256, 256 << 10
+#: What a program of the Triton kernels has registers for: so many slots, inputs as wide, and slots and MLP. And the
+#: bytes of an image's inputs beyond which a program for each image is too little for a GPU, whose multiprocessors then
+#: better share an image, as they do in `slot_attention_from_inputs`.
+MOST_SLOTS, WIDEST_INPUTS, WIDEST_SLOTS, MOST_BYTES = 16, 64, 256, 256 << 10
 
 
 def fits_triton(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) -> bool:
     """Whether there are Triton kernels for sizes such as these."""
-    K, Dx, widest = slots.shape[1], x.shape[2], max(slots.shape[2], x.shape[2], len(weights.w1))
-    if K > MOST_SLOTS or widest > MOST_FEATURES:
-        return False
-    K, Dx, widest = (1 << (size - 1).bit_length() for size in (K, Dx, widest))
-    return K * Dx <= MOST_MEANS and Dx * widest <= MOST_WEIGHTS
+    _, K, D = slots.shape
+    return K <= MOST_SLOTS and x.shape[2] <= WIDEST_INPUTS and max(D, len(weights.w1)) <= WIDEST_SLOTS
 
 
 def suits_one_launch(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) -> bool:

@@ -84,7 +84,7 @@ CASES = (
     Case("one of all", B=1, N=1, K=1, Dx=1, D=1, H=1, Dk=1, T=1, options=LARGE_EPS),
     Case("odd widths", N=45, K=3, Dx=7, D=19, H=11, Dk=5),
     Case("whole vectors", N=64, Dx=32, D=32, H=64, Dk=32),
-    Case("wide inputs", B=1, N=33, Dx=80, D=16),
+    Case("wide inputs", B=1, N=33, Dx=64, D=16),
     Case("wide slots", B=1, N=33, K=5, D=70, H=130),
     Case("many inputs", B=1, N=300, K=3),
     Case("no images", B=0),
