@@ -321,7 +321,7 @@ def variants() -> Iterator[Variant]:
                         {"NUMBERS": 8192, "WARPS": 4},
                     ),
                     "iterations": (
-                        {"FORWARD": (32, 8)}, {"FORWARD": (64, 4)}, {"BACKWARD": (16, 8)}, {"BACKWARD": (32, 4)},
+                        {"SMALL": (32, 8)}, {"SMALL": (64, 4)}, {"LARGE": (32, 8)}, {"LARGE": (16, 4)},
                     ),
                 }[operation]  # fmt: skip
                 for settings in several:

@@ -388,9 +388,9 @@ def _iterations_backward(
     return dx, d_first, made
 
 
-#: Inputs in a tile, and the warps that work on it, such that nothing spills from registers: up to 8 slots of up to 128
-#: features, forward and backward, and what there is beside these.
-FORWARD, BACKWARD, LARGE = (32, 4), (32, 8), (16, 8)
+#: Inputs in a tile, and the warps that work on it, such that nothing spills from registers: forward with up to 8 slots
+#: of up to 128 features, and else.
+SMALL, LARGE = (32, 4), (16, 8)
 
 
 def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *arguments: Any) -> None:
@@ -402,8 +402,8 @@ def _launch(kernel: Any, x: Tensor, slots: Tensor, weights: list[Tensor], *argum
     # Tensor cores multiply 16 slots at a time. Without them tiles need fewer.
     K_PADDED = max(triton.next_power_of_2(K), 16 if tf32 else 4)
     D_PADDED, DX_PADDED, H_PADDED = (max(16, triton.next_power_of_2(width)) for width in (D, Dx, H))
-    small = K_PADDED <= 8 and max(D_PADDED, H_PADDED) <= 128
-    BLOCK_N, num_warps = LARGE if not small else FORWARD if kernel is _forward else BACKWARD
+    small = kernel is _forward and K_PADDED <= 8 and max(D_PADDED, H_PADDED) <= 128
+    BLOCK_N, num_warps = SMALL if small else LARGE
     tensors = [y.ptr if isinstance(y, Strided) else y for y in arguments]
     meta = Meta(
         K, D, Dx, H, K_PADDED, D_PADDED, DX_PADDED, H_PADDED,
