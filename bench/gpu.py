@@ -34,11 +34,19 @@ from torch import Tensor
 
 import iio_kernels
 import iio_kernels.__main__
-from iio_kernels import broadcast_conv2d, composition_error, iio_loss, slot_attention
+from iio_kernels import (
+    SlotAttentionWeights,
+    broadcast_conv2d,
+    composition_error,
+    iio_loss,
+    slot_attention,
+    slot_attention_module,
+)
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.broadcast import spec as broadcast_spec
 from iio_kernels.ops.composition import spec as composition_spec
 from iio_kernels.ops.inpainting import spec as inpainting_spec
+from iio_kernels.ops.iterations import spec as iterations_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,6 +148,7 @@ SPECS = {
     "inpainting": inpainting_spec,
     "composition": composition_spec,
     "broadcast": broadcast_spec,
+    "iterations": iterations_spec,
 }
 CASES = [(operation, case) for operation, spec in SPECS.items() for case in spec.BENCHMARKS[SIZES]]
 
@@ -158,11 +167,18 @@ def inputs_of(operation: str, case: Any) -> tuple[tuple[Tensor, ...], Tensor | N
     if operation == "broadcast":
         (z, weight, position_map), _ = case.make(torch.float32, DEVICE)
         return (z, weight, position_map), new(*case.batch, *case.result)
+    if operation == "iterations":
+        (x, slots, weights, _), _ = case.make(torch.float32, DEVICE)
+        return (x, slots, *weights), new(*slots.shape)
     image = new(case.B, case.C, case.H, case.W).sigmoid()
     if operation == "inpainting":
         return (image, new(case.B, case.K, case.H, case.W).softmax(1)), None
     decoded = new(case.B, case.K, case.H, case.W, case.C + 1).permute(0, 1, 4, 2, 3)
     return (image, decoded if case.channels_last else decoded.contiguous()), None
+
+
+def module(x: Tensor, slots: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return slot_attention_module(x, slots, SlotAttentionWeights(*weights), **options)
 
 
 def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dtype, backend: str) -> Call:
@@ -173,6 +189,7 @@ def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dty
         "inpainting": functools.partial(iio_loss, reduction="none"),
         "composition": functools.partial(composition_error, reduction="none"),
         "broadcast": broadcast_conv2d,
+        "iterations": functools.partial(module, iterations=getattr(case, "T", None)),
     }[operation]
     return differentiated(
         functools.partial(function, **case.options, backend=backend),
@@ -258,6 +275,11 @@ def sanitize() -> dict[str, Any]:
             inputs, options = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, o=options, b=backend: broadcast_conv2d(*x, **o, backend=b), inputs)()
             ran.append(f"broadcast, {backend}, {case.name}")
+    for backend in serving("iterations"):
+        for dtype in (torch.float32, torch.bfloat16):
+            (x, slots, weights, T), _ = iterations_spec.Case("odd", K=5, N=83, Dx=24, D=40).make(dtype, DEVICE)
+            differentiated(lambda *x, b=backend, t=T: module(*x, iterations=t, backend=b), (x, slots, *weights))()
+            ran.append(f"iterations, {dtype}, {backend}")
     synchronize()
     return {"ran": ran}
 
@@ -321,6 +343,9 @@ def variants() -> Iterator[Variant]:
                     ),
                     "broadcast": (
                         {"NUMBERS": 1024}, {"NUMBERS": 2048}, {"WARPS": 2}, {"WARPS": 8}, {"GROUP": 4}, {"GROUP": 16},
+                    ),
+                    "iterations": (
+                        {"SMALL": (32, 8)}, {"SMALL": (64, 4)}, {"LARGE": (32, 8)}, {"LARGE": (16, 4)},
                     ),
                 }[operation]  # fmt: skip
                 for settings in several:

@@ -9,10 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iio_kernels import broadcast_conv2d, composition_error, iio_loss, slot_attention, slot_attention_from_inputs
+from iio_kernels import (
+    SlotAttentionWeights,
+    broadcast_conv2d,
+    composition_error,
+    iio_loss,
+    slot_attention,
+    slot_attention_from_inputs,
+    slot_attention_module,
+)
 from iio_kernels.ops.broadcast.spec import BENCHMARKS as BROADCAST
 from iio_kernels.ops.composition.spec import BENCHMARKS as COMPOSITION
 from iio_kernels.ops.inpainting.spec import BENCHMARKS as IIO
+from iio_kernels.ops.iterations.spec import BENCHMARKS as ITERATIONS
 from iio_kernels.ops.slot_attention.spec import BENCHMARKS as ATTENTION
 from tests import literal
 
@@ -243,4 +252,37 @@ def test_broadcast(race, device, machine, sets_of_inputs, case, backward, conten
         f"{case.result[1]}x{case.result[2]}{suffix(case.dtype)}, {'forward+backward' if backward else 'forward'}",
         name=contender,
         floor=floor(case, machine, case.dtype, backward),
+    )
+
+
+@each_contender
+@each_direction
+@each_dtype
+@pytest.mark.parametrize("case", ITERATIONS[SIZES], **named)
+def test_slot_attention_module(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
+    """Against the algorithm with keys and values, projected once for all iterations."""
+    call = {
+        "eager": lambda *inputs: literal.slot_attention_module(*inputs)[0],
+        "ours": lambda *inputs: slot_attention_module(*inputs, backend=OURS),
+    }
+    call["torch.compile"] = compiled(call["eager"])
+
+    def step(seed: int):
+        (x, slots, weights, T), _ = case.make(dtype, device, seed)
+        if contender != "ours":
+            x = x.float()  # which torch's layers do not mix with others
+        inputs = [y.requires_grad_(backward) for y in (x, slots, *weights)]
+
+        def run():
+            out = call[contender](*inputs[:2], SlotAttentionWeights(*inputs[2:]), T)
+            return torch.autograd.grad(out, inputs, torch.ones_like(out)) if backward else out
+
+        return run
+
+    race(
+        [step(seed) for seed in sets_of_inputs(case.bytes_moved(dtype))],
+        group=f"slot_attention_module, {case.name}, B{case.B} N{case.N} K{case.K} D{case.D} x{case.Dx} T{case.T}"
+        f"{suffix(dtype)}, {'forward+backward' if backward else 'forward'}",
+        name=contender,
+        floor=floor(case, machine, dtype, backward),
     )

@@ -10,6 +10,7 @@
 // independent of each other, so any division of them over threads gives bitwise the same results.
 #pragma once
 
+#include "products.h"
 #include "storage.h"
 
 namespace iio {
@@ -58,7 +59,6 @@ struct SlotAttention {
   // Inputs are cut in equal chunks of at most 1024: few enough that their sums cost nothing, and a function of N
   // alone, so that an image's results do not depend on what else is in the batch.
   static constexpr int64_t kMostInputs = 1024;
-  static constexpr int64_t kBlock = 32;  // inputs worked on at a time
 
   IIO_INLINE int64_t heads() const { return joint_heads ? H : 1; }  // in a group, which shares a softmax
   IIO_INLINE int64_t groups() const { return joint_heads ? B : B * H; }

@@ -11,13 +11,16 @@ from iio_kernels.ops.inpainting import (
     inpaint,
     interaction_information,
 )
+from iio_kernels.ops.iterations import IterationsFunction, SlotAttentionWeights, slot_attention_module
 from iio_kernels.ops.slot_attention import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
 
 __all__ = [
     "BroadcastFunction",
     "CompositionFunction",
     "IIOLossFunction",
+    "IterationsFunction",
     "SlotAttentionFunction",
+    "SlotAttentionWeights",
     "__version__",
     "backends",
     "broadcast_conv2d",
@@ -29,4 +32,5 @@ __all__ = [
     "interaction_information",
     "slot_attention",
     "slot_attention_from_inputs",
+    "slot_attention_module",
 ]

@@ -28,7 +28,7 @@ class Backend:
 
     device_types: tuple[str, ...] | None
     missing: Callable[[], str | None]
-    operations: tuple[str, ...] = ("broadcast", "composition", "inpainting", "slot_attention")
+    operations: tuple[str, ...] = ("broadcast", "composition", "inpainting", "iterations", "slot_attention")
 
     def refuses(self, device: torch.device) -> str | None:
         """Why this backend cannot serve tensors on `device`; None where it can."""

@@ -101,15 +101,19 @@ class SlotAttention(nn.Module):
         return self.mu + self.log_sigma.exp() * noise
 
     def forward(self, inputs: Tensor, slots: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        x = self.norm_inputs(inputs)
-        for _ in range(iterations):
-            updates, attention = iio_kernels.slot_attention_from_inputs(
-                x, self.to_q(self.norm_slots(slots)), self.to_k.weight, None, self.to_v.weight, None,
-                return_attention=True,
-            )  # fmt: skip
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-            slots = slots + self.mlp(self.norm_mlp(slots))
-        return slots, attention
+        return iio_kernels.slot_attention_module(
+            self.norm_inputs(inputs), slots, self.weights(), iterations, norm_eps=self.norm_slots.eps,
+            return_attention=True,
+        )  # fmt: skip
+
+    def weights(self) -> iio_kernels.SlotAttentionWeights:
+        return iio_kernels.SlotAttentionWeights(
+            *(self.norm_slots.weight, self.norm_slots.bias),
+            *(self.to_q.weight, self.to_k.weight, self.to_v.weight),
+            *(self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh),
+            *(self.norm_mlp.weight, self.norm_mlp.bias),
+            *(self.mlp[0].weight, self.mlp[0].bias, self.mlp[2].weight, self.mlp[2].bias),
+        )
 
 
 class Decoder(nn.Module):

@@ -75,6 +75,22 @@ def broadcast(
         kernels._broadcast_backward(new(M, H, W, O, dtype=dtype), *inputs, rows, columns, relu)
 
 
+def iterations(
+    way: str, B: int, N: int, K: int, Dx: int, D: int, H: int, dtype: torch.dtype, attention: bool = False
+) -> None:
+    from iio_kernels.ops.iterations import triton as kernels
+    from iio_kernels.ops.iterations.reference import made_by_maps, on_tape, read_by_maps
+
+    own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
+    x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)
+    weights = [results(*shape) for shape in zip(made, read_by_maps(D, Dx, H), strict=True)]
+    if way == "forward":
+        kernels._iterations_forward(x, slots, weights, [results(width) for width in made], 3, 1e-8, 1e-5, attention)
+    else:
+        tape, dA = results(B, 3, K, sum(on_tape(D, Dx, H))), results(B, K, N) if attention else None
+        kernels._iterations_backward(slots, dA, x, tape, weights, 1e-8)
+
+
 def inpainting(
     operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
     repeats: int = 2,
@@ -143,6 +159,19 @@ CALLS |= {
         ("CLEVR6 bfloat16", (448, 16, 16, 64, TRANSPOSED, TRANSPOSED, BF16)),
         ("IODINE", (448, 128, 128, 64, SAME, SAME, F32)),
         ("float64", (256, 35, 35, 32, SAME, SAME, F64)),
+    )
+    for way in WAYS
+}
+CALLS |= {
+    f"iterations, {name}, {way}": partial(iterations, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (64, 1225, 4, 32, 64, 128, F32)),
+        ("Tetrominoes bfloat16", (64, 1225, 4, 32, 64, 128, BF16)),
+        ("CLEVR6", (64, 16384, 7, 64, 64, 128, F32)),
+        ("CLEVR6 bfloat16", (64, 16384, 7, 64, 64, 128, BF16)),
+        ("K16 D256", (64, 1024, 16, 64, 256, 256, F32, True)),
+        ("Tetrominoes with attention", (64, 1225, 4, 32, 64, 128, F32, True)),
+        ("float64", (4, 300, 7, 32, 64, 128, F64)),
     )
     for way in WAYS
 }

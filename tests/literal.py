@@ -150,3 +150,27 @@ def broadcast_conv2d(
         convolved = F.conv2d(grid, weight, None, stride, padding)
     out = convolved + position_map
     return (out.relu() if relu else out).view(*z.shape[:-1], *position_map.shape)
+
+
+def slot_attention_module(
+    x: Tensor,
+    slots: Tensor,
+    weights: tuple[Tensor, ...],
+    iterations: int,
+    *,
+    eps: float = 1e-8,
+    norm_eps: float = 1e-5,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of Locatello et al. 2020, of torch's own layers: the slots and the last attention (B, K, N)."""
+    g, b, wq, wk, wv, *gru, g_mlp, b_mlp, w1, b1, w2, b2 = weights
+    D, scale = slots.shape[-1:], len(wq) ** -0.5 if scale is None else scale
+    k, v = F.linear(x, wk), F.linear(x, wv)
+    for _ in range(iterations):
+        q = F.linear(F.layer_norm(slots, D, g, b, norm_eps), wq)
+        attention = (scale * k @ q.mT).softmax(-1)
+        W = attention + eps
+        updates = (W / W.sum(1, keepdim=True)).mT @ v
+        slots = torch.gru_cell(updates.flatten(0, 1), slots.flatten(0, 1), *gru).view_as(slots)
+        slots = slots + F.linear(F.linear(F.layer_norm(slots, D, g_mlp, b_mlp, norm_eps), w1, b1).relu(), w2, b2)
+    return slots, attention.mT

@@ -19,8 +19,10 @@ from iio_kernels import (
     iio_loss,
     inpaint,
     slot_attention,
+    slot_attention_module,
 )
 from iio_kernels._backends import BACKENDS, Backend
+from iio_kernels.ops.iterations.spec import Case
 from iio_kernels.ops.slot_attention import reference
 
 CPU = torch.device("cpu")
@@ -50,7 +52,7 @@ def test_backends_names_them_all_with_the_reason_against(registry):
     assert iio_kernels.backends() == {"here": None, "away": "no compiler was found"}
 
 
-@pytest.mark.parametrize("op", ["broadcast", "composition", "inpainting", "slot_attention"])
+@pytest.mark.parametrize("op", ["broadcast", "composition", "inpainting", "iterations", "slot_attention"])
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference" and usable(name)])
 def test_every_backend_offers_every_operation(name, op):
     kernels = _backends.implementation(op, name)
@@ -65,6 +67,7 @@ def test_every_backend_offers_every_operation(name, op):
             "inpaint",
             "inpaint_backward",
         ),
+        "iterations": ("forward", "backward"),
         "slot_attention": ("forward", "backward"),
     }
     if op not in BACKENDS[name].operations:
@@ -157,19 +160,21 @@ def test_a_compiled_transform_is_right_or_raises(name):
     q, k = torch.rand(1, 2, 4), torch.rand(1, 5, 4)
     image, masks, decoded = torch.rand(1, 2, 11, 11), torch.rand(1, 2, 11, 11), torch.rand(1, 2, 3, 11, 11)
     weight, position_map = torch.rand(2, 4, 3, 3), torch.rand(2, 5, 6)
-    for function, x in (
+    (x, slots, weights, T), _ = Case("transformed").make(torch.float32)
+    for function, leaf in (
         (lambda q: slot_attention(q, k, k, backend=name).square().sum(), q),
         (lambda masks: iio_loss(image, masks, backend=name), masks),
         (lambda masks: conditional_entropies(image, masks, backend=name).sum(), masks),
         (lambda masks: inpaint(image, masks, backend=name).square().sum(), masks),
         (lambda decoded: composition_error(image, decoded, backend=name), decoded),
         (lambda q: broadcast_conv2d(q, weight, position_map, (5, 6), padding=1, backend=name).square().sum(), q),
+        (lambda slots: slot_attention_module(x, slots, weights, T, backend=name).square().sum(), slots),
     ):
-        expected = torch.func.grad(function)(x)
+        expected = torch.func.grad(function)(leaf)
         assert expected.abs().max() > 0
         torch.compiler.reset()
         try:
-            got = torch.compile(torch.func.grad(function), backend="aot_eager")(x)
+            got = torch.compile(torch.func.grad(function), backend="aot_eager")(leaf)
         except RuntimeError:  # torch wraps ours, at times without its words
             continue
         torch.testing.assert_close(got, expected)
@@ -186,11 +191,11 @@ def test_documented_examples_run():
     names = {name: getattr(iio_kernels, name) for name in iio_kernels.__all__}
     tests = [
         test
-        for function in (slot_attention, iio_loss, compose, composition_error, broadcast_conv2d)
+        for function in (slot_attention, iio_loss, compose, composition_error, broadcast_conv2d, slot_attention_module)
         for test in doctest.DocTestFinder().find(function, globs={**names, "torch": torch})
     ]
     results = [doctest.DocTestRunner().run(test) for test in tests]
-    assert sum(result.attempted for result in results) >= 5
+    assert sum(result.attempted for result in results) >= 11
     assert sum(result.failed for result in results) == 0
 
 

@@ -344,6 +344,7 @@ import iio_kernels
 from iio_kernels.ops.broadcast.spec import CASES as broadcast
 from iio_kernels.ops.composition.spec import CASES as composition
 from iio_kernels.ops.inpainting.spec import CASES as iio
+from iio_kernels.ops.iterations.spec import CASES as iterations
 from iio_kernels.ops.slot_attention.spec import CASES as attention
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for case in attention:
@@ -368,6 +369,11 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
         tensors, options = case.make(dtype)
         leaves = [x.requires_grad_() for x in tensors]
         iio_kernels.broadcast_conv2d(*leaves, backend="cpu", **options).square().sum().backward()
+    for case in iterations:
+        (x, slots, weights, T), options = case.make(dtype)
+        options |= {{"return_attention": True, "backend": "cpu"}}
+        slots, A = iio_kernels.slot_attention_module(x.requires_grad_(), slots, weights, T, **options)
+        (slots.sum() + A.square().sum()).backward()
 print("clean")
 """
     environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0"}

@@ -19,6 +19,7 @@ import pytest
 import test_broadcast
 import test_composition
 import test_inpainting
+import test_iterations
 import test_slot_attention
 import torch
 from hypothesis import given, settings
@@ -37,16 +38,18 @@ from iio_kernels import (
     slot_attention,
     slot_attention_from_inputs,
 )
+from iio_kernels.ops import iterations as iterations_operation
 from iio_kernels.ops.broadcast import spec as broadcast_spec
 from iio_kernels.ops.composition import spec as composition_spec
 from iio_kernels.ops.inpainting import spec as iio_spec
+from iio_kernels.ops.iterations import spec as iterations_spec
 from iio_kernels.ops.slot_attention import spec as attention_spec
 from models.slot_attention import SlotAttentionAutoEncoder
 
 if _build.missing() is not None:
     pytest.skip(f"no CPU kernels: {_build.missing()}", allow_module_level=True)
 
-for op in ("broadcast", "composition", "slot_attention", "inpainting"):
+for op in ("broadcast", "composition", "slot_attention", "inpainting", "iterations"):
     _backends.implementation(op, "cpu")  # which defines the operators
 ops = torch.ops.iio_kernels
 ROOT = Path(__file__).parents[1]
@@ -183,6 +186,23 @@ def broadcast_backward(**how) -> dict[str, object]:
     return {"d_out": test_broadcast.random_like(out), **arguments}
 
 
+def iterations(dtype=F32, B=2, N=37, K=3, Dx=5, D=7, H=6, T=2, eps=1e-3, return_attention=True) -> dict[str, object]:
+    """The arguments of iterations_forward."""
+    (x, slots, weights, _), _ = iterations_spec.Case("raw", B, N, K, Dx, D, H).make(F64)
+    wide = F64 if dtype == F64 else F32
+    maps = [x.to(wide) for x in iterations_operation._maps(weights, 0.5)]
+    options = {"iterations": T, "eps": eps, "norm_eps": 1e-5, "return_attention": return_attention}
+    return {"x": x.to(dtype), "slots": slots.to(wide), "weights": maps[:5], "biases": maps[5:], **options}
+
+
+def iterations_backward(**how) -> dict[str, object]:
+    arguments = iterations(**how)
+    slots, attention, tape = ops.iterations_forward(**arguments)
+    d_slots, d_attention = test_composition.random_like(slots, attention)
+    incoming = {"d_slots": d_slots, "d_attention": d_attention if arguments["return_attention"] else None}
+    return {**incoming, "tape": tape, **{name: arguments[name] for name in ("x", "weights", "eps")}}
+
+
 ATTENTION = {"slot_attention_forward": attention, "slot_attention_backward": attention_backward}
 INPAINTING = {
     "iio_loss": loss,
@@ -193,7 +213,8 @@ INPAINTING = {
 }
 COMPOSITION = {"composition_forward": composition, "composition_backward": composition_backward}
 BROADCAST = {"broadcast_forward": broadcast, "broadcast_backward": broadcast_backward}
-GOOD = ATTENTION | INPAINTING | COMPOSITION | BROADCAST
+ITERATIONS = {"iterations_forward": iterations, "iterations_backward": iterations_backward}
+GOOD = ATTENTION | INPAINTING | COMPOSITION | BROADCAST | ITERATIONS
 each_operator = pytest.mark.parametrize("operator", GOOD)
 
 
@@ -253,11 +274,20 @@ BROADCAST_HOW = [
     {"O": 32, "rows": (0, 1, 6)},
     {"B": 0},
 ]
+ITERATIONS_HOW = [
+    {},
+    {"dtype": F64, "return_attention": False},
+    {"dtype": BF16},
+    {"N": 0},
+    {"B": 0},
+    {"B": 1, "N": 1, "K": 1, "Dx": 1, "D": 1, "H": 1, "T": 1},
+]
 HOW = [
     *((operator, how) for operator in ATTENTION for how in ATTENTION_HOW),
     *((operator, how) for operator in INPAINTING for how in INPAINTING_HOW),
     *((operator, how) for operator in COMPOSITION for how in COMPOSITION_HOW),
     *((operator, how) for operator in BROADCAST for how in BROADCAST_HOW),
+    *((operator, how) for operator in ITERATIONS for how in ITERATIONS_HOW),
     *(("iio_loss", {"wanted": wanted}) for wanted in ((True, False), (False, True), (False, False))),
     ("conditional_entropies_backward", {"wanted": False}),
     ("inpaint", {"K": 1}),
@@ -290,11 +320,22 @@ LARGE = [
     ),
     *((operator, {"B": 300, "H": 13, "W": 35, "O": 16, "relu": False}) for operator in BROADCAST),
 ]
+LARGE += [
+    *(
+        (operator, {"B": 3, "N": 1100, "K": 4, "Dx": 20, "D": 33, "dtype": d})
+        for operator in ITERATIONS
+        for d in (F32, BF16)
+    ),
+    *((operator, {"B": 7, "N": 70, "K": 7, "Dx": 16, "D": 16, "H": 32, "T": 3}) for operator in ITERATIONS),
+    *((operator, {"B": 3, "N": 45, "K": 16, "dtype": F64}) for operator in ITERATIONS),
+]
 each_large = pytest.mark.parametrize(("operator", "how"), LARGE, ids=str)
 
 
 @pytest.mark.parametrize(
-    "operators", [tuple(ATTENTION), *((x,) for x in INPAINTING), tuple(COMPOSITION), tuple(BROADCAST)], ids=" ".join
+    "operators",
+    [tuple(ATTENTION), *((x,) for x in INPAINTING), tuple(COMPOSITION), tuple(BROADCAST), tuple(ITERATIONS)],
+    ids=" ".join,
 )
 def test_a_thousand_runs_on_two_threads_give_the_same_bits(operators):
     how = {"B": 3, "N": 1100, "K": 4, "Dk": 16, "Dv": 16} if operators[0] in ATTENTION else {"B": 3}
@@ -369,6 +410,16 @@ def test_broadcasts_too_large_for_the_caches(dtype, relu):
     assert torch.equal(got, expected.expand_as(got))
 
 
+@pytest.mark.parametrize(("dtype", "B"), [(F32, 66), (F64, 33)], ids=["float32", "float64"])
+def test_gradients_of_iterations_too_large_for_the_caches(dtype, B):
+    """As below."""
+    one = iterations_backward(dtype=dtype, B=1, N=1030, Dx=64)
+    many = {name: x.expand(B, *x.shape[1:]) if isinstance(x, Tensor) else x for name, x in one.items()}
+    expected = without_nan(call("iterations_backward", one))
+    for x, y in zip(call("iterations_backward", many), expected, strict=True):
+        assert torch.equal(x, y.expand_as(x))
+
+
 @pytest.mark.parametrize(("dtype", "B"), [(F32, 33), (F64, 17)], ids=["float32", "float64"])
 def test_gradients_too_large_for_the_caches(dtype, B):
     """Rows are then written past the caches, and hold the same bits."""
@@ -388,7 +439,8 @@ from iio_kernels import _build
 results = []
 for name, tensors, incoming, options in torch.load(sys.argv[1]):
     leaves = [x.requires_grad_() for x in tensors]
-    outputs = getattr(iio_kernels, name)(*leaves, backend="cpu", **options)
+    arguments = [*leaves[:2], tuple(leaves[2:])] if name == "slot_attention_module" else leaves
+    outputs = getattr(iio_kernels, name)(*arguments, backend="cpu", **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results.append([x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, incoming))])
 torch.save(results, sys.argv[2])
@@ -398,6 +450,7 @@ print(_build.instruction_set())
 ATTENTION_CASES = ["plain", "narrow values", "wide values", "wide features", "one slot", "one feature"]
 ATTENTION_CASES += ["zero eps", "denominator", "sum", "two batch dimensions", "joint heads, masks"]
 ATTENTION_CASES += ["slot mask", "input mask", "both masks"]
+ITERATIONS_CASES = ["plain", "seven slots", "sixteen slots", "one of all", "odd widths", "whole vectors", "many inputs"]
 IIO_CASES = ["plain", "two masks", "five masks", "one channel", "five channels", "odd sizes", "tall"]
 IIO_CASES += ["narrow", "three times", "large eps", "zero eps", "rows of whole vectors"]
 WHOLE_VECTORS = iio_spec.Case("rows of whole vectors", B=1, K=3, H=12, W=32)
@@ -445,6 +498,18 @@ def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
     return f"{name}, {case.name}, {dtype}", (name, *many, options | more), exact, eager
 
 
+def module_budget(case, dtype) -> tuple:
+    """`budget` of slot_attention_module, whose weights are a tuple."""
+    arguments, options = case.make(dtype)
+    exact = test_iterations.plain(test_iterations.cast(arguments, F64), **options)
+    eager = exact if dtype == F64 else test_iterations.plain(test_iterations.cast(arguments, F32), **options)
+    x, slots, weights, T = arguments
+    incoming = [y.to(slots.dtype) for y in test_iterations.random_like(*exact[:2])]
+    options = options | {"iterations": T, "return_attention": True}
+    call = "slot_attention_module", (x, slots, *weights), incoming, options
+    return f"slot_attention_module, {case.name}, {dtype}", call, exact, eager
+
+
 def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
     # Attention is computed in the storage type throughout, inpainting in float32 at least.
     arithmetic = F64 if dtype == F64 else F32
@@ -455,6 +520,10 @@ def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
     if dtype != BF16:
         large = attention_spec.Case("past the caches", batch=(1,), N=1030, Dk=64, Dv=64, inputs="shared")
         yield budget("slot_attention", attend, large, dtype, dtype, copies=33, return_attention=True)
+
+    for case in iterations_spec.CASES:
+        if case.name in ITERATIONS_CASES:
+            yield module_budget(case, dtype)
 
     for case in composition_spec.CASES:
         if case.B > 0:
@@ -497,9 +566,11 @@ def test_error_is_within_budget_with_every_instruction_set(name, budgets, tmp_pa
     assert done.stdout.split() == [name]
     for (call, _, truth, eager), got in zip(budgets, torch.load(tmp_path / "results"), strict=True):
         for i, (x, exact, plain) in enumerate(zip(got, truth, eager, strict=True)):
-            allowed = attention_spec.allowed_error(exact, plain.to(x.dtype))
+            of_module = call.startswith("slot_attention_module")
+            spec = iterations_spec if of_module else attention_spec
+            allowed = spec.allowed_error(exact, plain.to(x.dtype))
             if x.dtype == F64:  # where the formula itself is the truth
-                allowed = 1e-13 * exact.abs().max().item()
+                allowed = 1e-12 * max(1, exact.abs().max().item()) if of_module else 1e-13 * exact.abs().max().item()
             error = (x.double() - exact).abs().max().item()
             assert error <= allowed, f"{call}, result {i}: {error} > {allowed}"
 
@@ -551,6 +622,12 @@ ODD = [
             (2, 17, 1, 7, (0, 2, 1), (3, 2, 4)),
             (40, 64, 3, 3, (1, 1, 1), (1, 1, 1)),
         )
+        for dtype in (F32, F64, BF16)
+    ),
+    *(
+        (operator, {"N": N, "K": K, "Dx": Dx, "D": D, "H": H, "dtype": dtype})
+        for operator in ITERATIONS
+        for N, K, Dx, D, H in ((1, 1, 1, 1, 1), (31, 2, 17, 15, 33), (33, 16, 16, 16, 16), (65, 5, 1, 40, 3))
         for dtype in (F32, F64, BF16)
     ),
 ]
@@ -633,6 +710,8 @@ STILL_GOOD |= {(operator, "masks", "size 1 one more") for operator in INPAINTING
 STILL_GOOD |= {("composition_forward", "decoded", "size 1 one more")}  # K
 STILL_GOOD |= {("broadcast_forward", "constant", f"size 0 {change}") for change in ("one more", "zero")}
 STILL_GOOD |= {("broadcast_forward", "position_map", f"size {d} one more") for d in (0, 1)}  # classes are the same
+STILL_GOOD |= {("iterations_forward", "x", f"size 1 {change}") for change in ("one more", "zero")}  # N
+STILL_GOOD |= {("iterations_forward", "slots", "size 1 one more"), ("iterations_backward", "tape", "size 1 one more")}
 WRONG = [
     (operator, name, mutation)
     for operator in GOOD
@@ -656,7 +735,8 @@ def test_a_wrong_tensor_is_refused(operator, name, mutation):
         call(operator, arguments)
     # Of two that do not fit each other either may be named.
     names = [other for other, x in arguments.items() if isinstance(x, Tensor)] if "size" in mutation else [name]
-    spelled = {"masks": "masks?", "grad": "gradient"}
+    spelled = {"masks": "masks?", "grad": "gradient", "x": "(x|w[pi])", "slots": "(slots|w[pij12])"}
+    spelled |= {"d_slots": "(d_slots|w[pij12])", "tape": "(tape|iterations)"}
     assert re.search(rf"\b({'|'.join(spelled.get(x, x) for x in names)})\b", words(caught)), words(caught)
 
 
@@ -711,6 +791,7 @@ STRIDED = [
     *((operator, {}) for operator in INPAINTING),
     *((operator, {"dtype": dtype}) for operator in COMPOSITION for dtype in (F32, BF16)),
     *((operator, {"dtype": dtype}) for operator in BROADCAST for dtype in (F32, BF16)),
+    *((operator, {"dtype": dtype}) for operator in ITERATIONS for dtype in (F32, BF16)),
 ]
 
 
