@@ -342,7 +342,7 @@ def variants() -> Iterator[Variant]:
                         {"NUMBERS": 8192, "WARPS": 4},
                     ),
                     "broadcast": (
-                        {"NUMBERS": 1024}, {"NUMBERS": 2048}, {"WARPS": 2}, {"WARPS": 8}, {"GROUP": 4}, {"GROUP": 16},
+                        {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"WARPS": 8}, {"GROUP": 4}, {"GROUP": 16},
                     ),
                     "iterations": (
                         {"SMALL": (32, 8)}, {"SMALL": (64, 4)}, {"LARGE": (32, 8)}, {"LARGE": (16, 4)},

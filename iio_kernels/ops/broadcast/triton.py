@@ -56,7 +56,8 @@ def _forward(
     here = tl.load(position_map + y * W * O + at, inside, 0)
     for i in range(GROUP):
         m = group * GROUP + i
-        there = inside & (m < M)
+        channels = tl.where(m < M, O, 0)  # the last group may have images too few
+        there = (x < W)[:, None] & (o < channels)[None, :]
         sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, there, 0) + here
         if RELU:
             sum = tl.where(sum <= 0, 0, sum)
@@ -84,7 +85,8 @@ def _backward(
     d_map = tl.zeros((COLUMNS, CHANNELS), d_maps.dtype.element_ty)
     for i in range(GROUP):
         m = group * GROUP + i
-        there = inside & (m < M)
+        channels = tl.where(m < M, O, 0)  # the last group may have images too few
+        there = (x < W)[:, None] & (o < channels)[None, :]
         d_sum = tl.load(d_out + (m * H + y) * W * O + at, there, 0).to(d_map.dtype)
         if RELU:
             sum = tl.load(constant + (m * R + r) * (C * O) + constant_at, there, 0) + here
@@ -95,14 +97,14 @@ def _backward(
         tl.store(d_row + constant_at, d_sum, there & alone)
         for j in tl.static_range(head, head + period):
             of_class = tl.where((c == j)[:, None], d_sum, 0)
-            tl.store(d_row + j * O + o, tl.sum(of_class, 0), (o < O) & (m < M))
+            tl.store(d_row + j * O + o, tl.sum(of_class, 0), o < channels)
     tl.store(d_maps + (group * H + y) * W * O + at, d_map, inside)
 
 
 # ---------------------------------------------------------------------------------------------------------- launches
 
 #: Numbers in a tile, unless a row is longer, the warps that work on it, and images in a group.
-NUMBERS, WARPS, GROUP = 4096, 4, 8
+NUMBERS, WARPS, GROUP = 2048, 4, 8
 
 
 def _broadcast_forward(
