@@ -12,6 +12,7 @@ from torch import Tensor
 
 import train
 from iio_kernels import (
+    SlotAttentionWeights,
     _build,
     broadcast_conv2d,
     composition_error,
@@ -19,8 +20,10 @@ from iio_kernels import (
     iio_loss,
     inpaint,
     slot_attention,
+    slot_attention_module,
 )
 from iio_kernels._backends import BACKENDS
+from iio_kernels.ops.iterations import spec as iterations_spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -51,6 +54,18 @@ def broadcast(z: Tensor, weight: Tensor, position_map: Tensor, *, backend: str) 
     return broadcast_conv2d(z, weight, position_map, (9, 8), padding=2, relu=True, backend=backend)
 
 
+def module_inputs(random: torch.Generator) -> Tensors:
+    (x, slots, weights, _), _ = iterations_spec.Case("gpu", N=300).make(torch.float32)
+    return tuple(
+        (y + 0.1 * torch.randn(y.shape, generator=random, device=random.device).cpu()).to(random.device)
+        for y in (x, slots, *weights)
+    )
+
+
+def module(x: Tensor, slots: Tensor, *weights: Tensor, backend: str) -> Tensor:
+    return slot_attention_module(x, slots, SlotAttentionWeights(*weights), 3, backend=backend)
+
+
 FUNCTIONS = {
     slot_attention: ("slot_attention", attention_inputs),
     iio_loss: ("inpainting", inpainting_inputs),
@@ -58,6 +73,7 @@ FUNCTIONS = {
     inpaint: ("inpainting", inpainting_inputs),
     composition_error: ("composition", composition_inputs),
     broadcast: ("broadcast", broadcast_inputs),
+    module: ("iterations", module_inputs),
 }
 CALLS = [
     pytest.param(function, backend, new, id=f"{function.__name__}-{backend}")
