@@ -194,7 +194,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"\n{group}")
         for name, done in contenders.items():
             line = f"  {name:16}{1e3 * medians[name]:12.3f} ms{done.extra_info['extra_mib']:10.1f} MiB"
-            if name == "ours" and others:
+            if name.startswith("ours") and others:
                 line += f"  {min(others) / medians[name]:7.1f}x the best of the others"
             elif name != "ours" and "ours" in medians:
                 line += f"  {medians[name] / medians['ours']:7.1f}x ours"
