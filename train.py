@@ -251,8 +251,6 @@ def resolve(config: Config) -> Config:
         raise UsageError(f"--seed: expected a number in [0, 2**31), got {config.seed}")
     if precision == "bf16" and not multiplies_bfloat16(device):
         raise UsageError(f"--precision bf16: {device.type} has no bfloat16 arithmetic here; use fp32")
-    if config.batch_size % num_ranks():
-        raise UsageError(f"--batch-size {config.batch_size}: expected a multiple of the {num_ranks()} processes")
     last = phase_steps(config)["pre-training"]
     if any(not 0 < step <= last for step in config.score_steps):
         raise UsageError(f"--score-steps: expected steps in 1..{last}, got {' '.join(map(str, config.score_steps))}")
@@ -301,6 +299,8 @@ def rank() -> int:
 def meet_other_ranks(config: Config) -> None:
     """Meet the other processes. Of several, each takes the GPU of its number on its machine, and calls it "cuda"."""
     device = torch.device(config.device)
+    if config.batch_size % num_ranks():
+        raise UsageError(f"--batch-size {config.batch_size}: expected a multiple of the {num_ranks()} processes")
     if device.type == "cuda":
         if num_ranks() > 1 and device.index is not None:
             raise UsageError(f"--device {device}: with several processes each takes a GPU of its own; use cuda")
@@ -763,9 +763,10 @@ class Run:
             restore(self.model, weights, config.from_)
         self.unseen = torch.arange(config.num_scenes, config.num_scenes + config.eval_scenes)
         state: dict[str, Any] = {"phase": 0, "step": 0, "seconds": 0.0, "results": "{}", "optimizer": None}
-        if (folder / "checkpoint.pt").exists():
+        if rank() == 0 and (folder / "checkpoint.pt").exists():
             state = load_checkpoint(folder / "checkpoint.pt", config)
             restore(self.model, state["model"], folder / "checkpoint.pt")
+        state = same_on_all_ranks({name: value for name, value in state.items() if name != "model"})
         self.phase, self.step, self.optimizer_state = state["phase"], state["step"], state["optimizer"]
         self.seconds_before, self.results = state["seconds"], json.loads(state["results"])
         done = sum(list(self.phases.values())[: self.phase]) + self.step
@@ -830,7 +831,7 @@ class Run:
                 if num_ranks() > 1:  # all stop together, where they meet anyway
                     interrupt = (any_rank(interrupt or 0) or None) if logs else None
                 saves = time.monotonic() - saved > config.checkpoint_every or last or interrupt is not None
-                if logs or saves:
+                if logs or (saves and rank() == 0):
                     bad = int(step_once.bad)
                     bad = any_rank(bad) if logs else bad
                     if bad >= 0:

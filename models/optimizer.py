@@ -112,7 +112,10 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts.items():
+            rates = [group["lr"] for group in part.param_groups]
             part.load_state_dict(state[name])
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["lr"] = rate  # this device's; the saved one may lie on another process's
 
 
 def is_hidden_matrix(parameter: Tensor) -> bool:
