@@ -134,7 +134,8 @@ class Config:
     """Of convolutions and linear layers; attention, losses and weights are float32 always. auto: bf16 in quick and
     smoke where the hardware multiplies it, otherwise fp32."""
     cuda_graph: bool = True
-    """On a GPU, with one process: capture the whole step once and replay it without a word from the host."""
+    """On a GPU, with one process: capture the whole step as a CUDA graph and replay it. --no-cuda-graph launches each
+    kernel, to find out where something goes wrong."""
 
     seeds: int = 1
     """Train this many times, with --seed and the seeds after it, and give mean and standard deviation of the scores."""
@@ -200,17 +201,7 @@ class UsageError(Exception):
 
 def resolve(config: Config) -> Config:
     """Fill in what the preset decides, and refuse what cannot run before any work starts."""
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else (
-            torch.device(config.device)
-        )  # fmt: skip
-    except RuntimeError:
-        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {config.device!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {config.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-
+    device = device_of(config)
     preset = config.preset if config.preset != "auto" else ("paper" if device.type == "cuda" else "quick")
     defaults = dict(PRESETS[preset])
     for epochs, steps in (("epochs", "steps"), ("fine_tune_epochs", "fine_tune_steps")):
@@ -247,16 +238,32 @@ def resolve(config: Config) -> Config:
         raise UsageError(f"--sigma: expected a number > 0, got {config.sigma}")
     if config.fine_tune == "iio" and not 2 <= config.num_slots <= 16:
         raise UsageError(f"--num-slots: the IIO loss takes 2 to 16 masks, got {config.num_slots}")
-    if not 0 <= config.seed < 2**31:
-        raise UsageError(f"--seed: expected a number in [0, 2**31), got {config.seed}")
-    if precision == "bf16" and not multiplies_bfloat16(device):
-        raise UsageError(f"--precision bf16: {device.type} has no bfloat16 arithmetic here; use fp32")
+    if not 0 <= config.seed <= 2**31 - config.seeds:
+        raise UsageError(f"--seed: expected a number in [0, 2**31 - {config.seeds}], got {config.seed}")
     last = phase_steps(config)["pre-training"]
     if any(not 0 < step <= last for step in config.score_steps):
         raise UsageError(f"--score-steps: expected steps in 1..{last}, got {' '.join(map(str, config.score_steps))}")
-    if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps):
-        raise UsageError("--table1 takes --fine-tune iio, starts from scratch and chooses its own --score-steps")
+    if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps or not last):
+        raise UsageError("--table1 takes --fine-tune iio, pre-trains from scratch and chooses its own --score-steps")
+    if config.eval_only is not None and several(config):
+        raise UsageError("--eval-only trains nothing: leave out --seeds and --table1")
     return config
+
+
+def device_of(config: Config) -> torch.device:
+    """The device asked for, which must be here."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def option(field: str) -> str:
@@ -297,8 +304,13 @@ def rank() -> int:
 
 
 def meet_other_ranks(config: Config) -> None:
-    """Meet the other processes. Of several, each takes the GPU of its number on its machine, and calls it "cuda"."""
-    device = torch.device(config.device)
+    """Meet the other processes, if this machine and their number suit the run, be it new or resumed.
+
+    Of several, each takes the GPU of its number on its machine, and calls it "cuda".
+    """
+    device = device_of(config)
+    if config.precision == "bf16" and not multiplies_bfloat16(device):
+        raise UsageError(f"--precision bf16: {device.type} has no bfloat16 arithmetic here; use fp32")
     if config.batch_size % num_ranks():
         raise UsageError(f"--batch-size {config.batch_size}: expected a multiple of the {num_ranks()} processes")
     if device.type == "cuda":
@@ -397,7 +409,10 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
 
 
 def resume_command(folder: Path) -> str:
-    program = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if num_ranks() > 1 else "python"
+    program = "python"
+    if num_ranks() > 1:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        program = f"torchrun --nproc-per-node {here}" if here == num_ranks() else "torchrun [its options as before]"
     return f"{program} train.py --resume {shlex.quote(str(folder))}"
 
 
@@ -484,8 +499,7 @@ def open_scenes(config: Config) -> Scenes:
             f"--data: {config.data} holds {len(source):,} scenes, and --num-scenes {config.num_scenes} with "
             f"--eval-scenes {config.eval_scenes} take {needed:,}: lower them"
         )
-    bytes_in_all = len(source) * 4 * math.prod(source.size)
-    return ResidentScenes(source, config.device) if bytes_in_all <= RESIDENT else source
+    return ResidentScenes(source, config.device, needed) if needed * 4 * math.prod(source.size) <= RESIDENT else source
 
 
 class Order:
@@ -684,18 +698,21 @@ def row_name(key: str, config: Config) -> str:
     steps = phase_steps(config)
     if key.startswith("step-"):
         return f"Slot Attention, {int(key.removeprefix('step-')):,} steps"
-    begun = "" if config.from_ is None else f"{config.from_.stem}, "
+    begun = "Slot Attention"
+    if config.from_ is not None:
+        begun = row_name(config.from_.stem, config) if config.from_.stem.startswith("step-") else config.from_.stem
     if key == "before":
-        return f"{begun or 'Slot Attention, '}{steps['pre-training']:,} steps"
-    return f"{begun.rstrip(', ') if not steps['pre-training'] else ' '} + IIO, {steps['fine-tuning']:,} steps"
+        return f"{begun}, {steps['pre-training']:,} steps"
+    return f"{'' if steps['pre-training'] else begun} + IIO, {steps['fine-tuning']:,} steps"
 
 
 def table(rows: dict[str, dict]) -> str:
     """Scores as table 1 of the IIO paper prints them, in percent."""
-    lines = [f"{'':36}{'ARI':>14}{'FG-ARI':>14}{'mIoU':>14}{'MSE':>10}"]
+    width = max(36, *map(len, rows))
+    lines = [f"{'':{width}}{'ARI':>14}{'FG-ARI':>14}{'mIoU':>14}{'MSE':>10}"]
     for name, scored in rows.items():
         cells = [f"{100 * scored[n]:.2f} ± {100 * scored[n + '_std']:.2f}" for n in ("ari", "fg_ari", "miou")]
-        lines.append(f"{name:36}" + "".join(f"{c:>14}" for c in cells) + f"{scored['mse']:>10.4f}")
+        lines.append(f"{name:{width}}" + "".join(f"{c:>14}" for c in cells) + f"{scored['mse']:>10.4f}")
     return "\n".join(lines)
 
 
@@ -716,10 +733,6 @@ def keep_freed_memory() -> None:
 
 class Diverged(Exception):
     """The loss is no longer a number."""
-
-
-class RankLost(Exception):
-    """Another process of the job is gone."""
 
 
 class Interrupted(Exception):
@@ -750,11 +763,19 @@ def deferred_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(signum, handler)
 
 
+def stop_if_asked(signalled: Callable[[], int | None]) -> None:
+    """Stop between steps, where all is saved, if any process was signalled: all of them together."""
+    if interrupt := any_rank(signalled() or 0):
+        raise Interrupted(interrupt)
+
+
 class Run:
     """A run of all phases in its folder, from the last checkpoint if the folder holds one."""
 
-    def __init__(self, config: Config, folder: Path, source: Scenes) -> None:
-        self.begun = time.monotonic()
+    def __init__(
+        self, config: Config, folder: Path, source: Scenes, signalled: Callable[[], int | None] = lambda: None
+    ) -> None:
+        self.begun, self.signalled = time.monotonic(), signalled
         if config.from_ is not None:
             config, weights = load_weights(config.from_, config)
         self.config, self.folder, self.source, self.phases = config, folder, source, phase_steps(config)
@@ -785,16 +806,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train what is left of the phases; leave scores, weights and picture. Return the summary."""
-        with deferred_signals() as signalled:
-            for number in range(self.phase, len(self.phases)):
-                try:
-                    self.train_phase(number, signalled)
-                except RuntimeError as error:
-                    if num_ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                        raise RankLost(str(error).splitlines()[0]) from error
-                    raise
-                if (interrupt := signalled()) is not None and number + 1 < len(self.phases) and num_ranks() == 1:
-                    raise Interrupted(interrupt)
+        for number in range(self.phase, len(self.phases)):
+            self.train_phase(number)
+            if number + 1 < len(self.phases):
+                stop_if_asked(self.signalled)
         summary = {**self.results, "config": to_json(self.config), "versions": versions(),
                    "seconds": round(self.seconds, 1)}  # fmt: skip
         if rank() == 0:
@@ -806,7 +821,7 @@ class Run:
             f"Picture, scores and weights: {self.folder}/masks.png, summary.json, *.safetensors")  # fmt: skip
         return summary
 
-    def train_phase(self, number: int, signalled: Callable[[], int | None]) -> None:
+    def train_phase(self, number: int) -> None:
         """Train one phase from `self.step` to its end, and score it."""
         config = self.config
         phase, steps = list(self.phases.items())[number]
@@ -827,7 +842,7 @@ class Run:
 
                 last = step + 1 == steps
                 logs = (step + 1) % config.log_every == 0 or last
-                interrupt = signalled()
+                interrupt = self.signalled()
                 if num_ranks() > 1:  # all stop together, where they meet anyway
                     interrupt = (any_rank(interrupt or 0) or None) if logs else None
                 saves = time.monotonic() - saved > config.checkpoint_every or last or interrupt is not None
@@ -1017,18 +1032,19 @@ def members(config: Config, folder: Path) -> dict[str, Config]:
     if not config.table1:
         return seeds
     steps = phase_steps(config)["pre-training"]
+    longer = -(-11 * steps // 10)
     runs = {}
     for name, run in seeds.items():
         # One pre-training passes all lengths, and the fine-tuning starts where it stood at the first.
         runs[f"{name}-plain"] = dataclasses.replace(
-            run, fine_tune="none", steps=4 * steps, epochs=None, score_steps=(steps, math.ceil(1.1 * steps))
+            run, fine_tune="none", steps=4 * steps, epochs=None, score_steps=tuple(dict.fromkeys((steps, longer)))
         )
         weights = folder / f"{name}-plain" / f"step-{steps}.safetensors"
         runs[f"{name}-iio"] = dataclasses.replace(run, steps=0, epochs=None, from_=weights)
     return runs
 
 
-def run_several(config: Config, folder: Path, source: Scenes) -> None:
+def run_several(config: Config, folder: Path, source: Scenes, signalled: Callable[[], int | None]) -> None:
     """Run all members one after the other, each in its folder; leave mean and standard deviation of their scores."""
     summaries, runs = {}, members(config, folder)
     for name, member in runs.items():
@@ -1037,7 +1053,8 @@ def run_several(config: Config, folder: Path, source: Scenes) -> None:
             if rank() == 0 and not (within / "config.json").exists():
                 open_run(dataclasses.replace(member, out=within))
             say(f"\n{name}:")
-            Run(member, within, source).train()
+            Run(member, within, source, signalled).train()
+            stop_if_asked(signalled)
         if rank() == 0:
             summaries[name] = json.loads((within / "summary.json").read_text())
     if rank() > 0:
@@ -1047,12 +1064,8 @@ def run_several(config: Config, folder: Path, source: Scenes) -> None:
         keys = [key for key in summary if key in KEPT or key.startswith("step-")]
         for key in keys if runs[name].steps or not config.table1 else ["after"]:
             each.setdefault(row_name(key, runs[name]), []).append(summary[key])
-    rows = {
-        name: {n: statistics.mean(s[n] for s in scored) for n in SCORES}
-        | {f"{n}_std": statistics.stdev(s[n] for s in scored) if len(scored) > 1 else 0.0 for n in SCORES}
-        | {f"{n}_each": [s[n] for s in scored] for n in SCORES}
-        for name, scored in each.items()
-    }
+    rows = {name: summed_up(scored) for name, scored in each.items()}
+    over = f"{config.seeds} trainings" if config.seeds > 1 else f"{config.eval_draws} draws of the initial slots"
     about = {
         "config": to_json(config),
         "versions": versions(),
@@ -1060,9 +1073,18 @@ def run_several(config: Config, folder: Path, source: Scenes) -> None:
     }
     write(folder / "summary.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
     write(folder / "summary.md", markdown(rows))
-    say(f"\nScores on {config.eval_scenes:,} unseen scenes, mean ± std over {config.seeds} trainings, after "
+    say(f"\nScores on {config.eval_scenes:,} unseen scenes, mean ± std over {over}, after "
         f"{about['seconds'] / 60:.1f} min:\n{table(rows)}\n\n"
         f"The same, and each training's: {folder}/summary.json, summary.md")  # fmt: skip
+
+
+def summed_up(each: list[dict]) -> dict:
+    """Mean and standard deviation of several trainings' scores, and each; a single one's deviation is over draws."""
+    if len(each) == 1:
+        return each[0] | {f"{n}_each": [each[0][n]] for n in SCORES}
+    means = {n: statistics.mean(scored[n] for scored in each) for n in SCORES}
+    deviations = {f"{n}_std": statistics.stdev(scored[n] for scored in each) for n in SCORES}
+    return means | deviations | {f"{n}_each": [scored[n] for scored in each] for n in SCORES}
 
 
 #: The names under which a run keeps the scores at the end of its phases.
@@ -1117,10 +1139,11 @@ def main() -> None:
         source = open_scenes(config)
         if folder is None:
             folder = same_on_all_ranks(open_run(config) if rank() == 0 else None)
-        if several(config):
-            run_several(config, folder, source)
-        else:
-            Run(config, folder, source).train()
+        with deferred_signals() as signalled:
+            if several(config):
+                run_several(config, folder, source, signalled)
+            else:
+                Run(config, folder, source, signalled).train()
         if dist.is_initialized():
             dist.destroy_process_group()
     except Interrupted as stop:
@@ -1129,9 +1152,13 @@ def main() -> None:
     except Diverged as error:
         say(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
-    except RankLost as error:
-        print(f"train.py: process {rank()} of {num_ranks()} lost another one ({error}). The last checkpoint is whole; "
-              f"on any number of processes, continue with {resume_command(folder)}", file=sys.stderr)  # fmt: skip
+    except RuntimeError as error:
+        if num_ranks() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason, going_on = str(error).splitlines()[0], "" if folder is None else (
+            f" The last checkpoint is whole: continue with {resume_command(folder)}, on as many processes as you like"
+        )  # fmt: skip
+        print(f"train.py: process {rank()} of {num_ranks()} lost another one ({reason}).{going_on}", file=sys.stderr)
         sys.exit(1)
     except (UsageError, DataError, OSError) as error:
         say(f"train.py: {error}", file=sys.stderr)

@@ -433,11 +433,14 @@ def training() -> dict[str, Any]:
             else:
                 arguments += ["--preset", "smoke", "--steps", "4", "--fine-tune-steps", "2", "--num-scenes", "40"]
         process = subprocess.Popen([sys.executable, "train.py", *arguments])
-        try:
-            process.wait(max(5.0, LIMIT - 30))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it saves all, and says so
-            process.wait()
+        for seconds, number in ((max(5.0, LIMIT - 45), signal.SIGINT), (20, signal.SIGKILL)):
+            try:
+                process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)  # the first has it save all, and say so
+        process.wait()
+        run.mkdir(exist_ok=True)
         with tarfile.open(out / "training.tar.gz", "w:gz") as file:
             file.add(run, "table1", filter=lambda member: None if "tfevents" in member.name else member)
         finished = (run / "summary.json").exists()

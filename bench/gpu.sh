@@ -5,10 +5,10 @@
 #     bench/gpu.sh --dry-run FOLDER [PART...]  the same at toy sizes in Triton's interpreter: does the script itself work?
 #
 # Parts, all of them unless some are named: machine build accuracy tests memcheck racecheck repeats benchmarks
-# launch_settings training. The last takes what time there is, and IIO_KERNELS_TRAINING=FOLDER/training.tar.gz of an
-# earlier call goes on from there. Each part has a time limit and leaves its results in FOLDER before the next begins; none begins after the
-# ten minutes. Whatever became of them, FOLDER/summary.json says what ran, for how long, and how it ended. Exit status 0:
-# every part ended well.
+# launch_settings training. The last takes what time there is; IIO_KERNELS_TRAINING=FOLDER/training.tar.gz of an earlier
+# call goes on from there. Each part has a time limit and leaves its results in FOLDER before the next begins; none begins
+# after the ten minutes. Whatever became of them, FOLDER/summary.json says what ran, for how long, and how it ended. Exit
+# status 0: every part ended well.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 known=" machine build accuracy tests memcheck racecheck repeats benchmarks launch_settings training "
 if [ $# = 0 ] || [[ $1 == -* ]]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2

@@ -48,16 +48,18 @@ class ResidentScenes:
     its indices; here neither happens again, so a training step never waits for its scenes.
 
     Args:
-        source: the scenes, `len(source) * H * W * 4` bytes in all.
+        source: the scenes.
         device: where they shall lie.
+        num_scenes: how many of them, the first ones: `num_scenes * H * W * 4` bytes. None: all.
     """
 
-    def __init__(self, source: Scenes, device: torch.device | str) -> None:
+    def __init__(self, source: Scenes, device: torch.device | str, num_scenes: int | None = None) -> None:
+        length = len(source) if num_scenes is None else num_scenes
         self.name, self.size, self.num_entities = source.name, source.size, source.num_entities
         height, width = source.size
-        self.images = torch.empty(len(source), 3, height, width, dtype=torch.uint8, device=device)
-        self.labels = torch.empty(len(source), height, width, dtype=torch.uint8, device=device)
-        for indices in torch.arange(len(source)).split(1000):
+        self.images = torch.empty(length, 3, height, width, dtype=torch.uint8, device=device)
+        self.labels = torch.empty(length, height, width, dtype=torch.uint8, device=device)
+        for indices in torch.arange(length).split(1000):
             chunk = slice(int(indices[0]), int(indices[-1]) + 1)
             self.images[chunk], self.labels[chunk] = source.batch(indices, device)
 
@@ -67,8 +69,8 @@ class ResidentScenes:
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """Looks the scenes up, where they lie; see `Scenes.batch`. The host does not wait for indices on a GPU."""
         check_indices(indices, len(self), values=not indices.is_cuda)
-        indices = indices.to(self.images.device)
         device = indices.device if device is None else device
+        indices = indices.to(self.images.device)
         return self.images[indices].to(device), self.labels[indices].to(device)
 
 

@@ -226,5 +226,8 @@ def test_resident_scenes_are_those_of_their_source():
         assert torch.equal(ours, theirs)
     with pytest.raises(IndexError, match=r"indices: expected values in \[0, 1003\), got 0 to 1003"):
         resident.batch(torch.tensor([0, 1003]))
+    few = ResidentScenes(source, "cpu", 7)
+    assert len(few) == 7
+    assert torch.equal(few.batch(torch.tensor([6]))[0], source.batch(torch.tensor([6]))[0])
     with pytest.raises(TypeError, match=r"indices: expected a torch\.int64 tensor"):
         resident.batch(torch.tensor([0.0]))

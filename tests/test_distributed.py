@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 
 ROOT = Path(__file__).parents[1]
-# Adam: Muon's bfloat16 iteration makes of the last bit of a gradient something visible within a few steps.
+# Adam: Muon's iteration makes of the last bits of a small gradient something visible within a few steps.
 TINY = ["--preset", "smoke", "--device", "cpu", "--precision", "fp32", "--optimizer", "adam", "--fine-tune", "iio"]
 TINY += ["--steps", "6", "--fine-tune-steps", "4", "--num-scenes", "40", "--eval-scenes", "130", "--eval-draws", "2"]
 TINY += ["--log-every", "1", "--eval-every", "3"]
@@ -135,6 +135,18 @@ def test_an_interrupted_run_goes_on_with_another_number_of_processes(alone, tmp_
     assert_same_to_rounding(out, alone)
 
 
+def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_batch(tmp_path):
+    out = tmp_path / "run"
+    process = torchrun("train.py", *TINY, "--out", out)
+    wait_for_steps(out / "metrics.jsonl", 2, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    again = torchrun("train.py", "--resume", out, ranks=3)
+    _, err = finish(again)
+    assert again.returncode != 0
+    assert "--batch-size 8: expected a multiple of the 3 processes" in err
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process in /proc")
 def test_a_killed_process_ends_the_job_and_its_checkpoint_serves(alone, tmp_path):
     out = tmp_path / "run"
@@ -143,7 +155,7 @@ def test_a_killed_process_ends_the_job_and_its_checkpoint_serves(alone, tmp_path
     os.kill(worker(process, 1), signal.SIGKILL)
     _, err = finish(process, 60)
     assert process.returncode != 0
-    assert "process 0 of 2 lost another one" in err
+    assert re.search(r"process 0 of 2 lost another one \(.+\)\. The last checkpoint is whole", err)
     assert f"--resume {out}" in err
     again = torchrun("train.py", "--resume", out)
     _, err = finish(again)

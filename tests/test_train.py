@@ -269,6 +269,7 @@ REFUSED = {
     "no run to resume": (["--resume", "no-such-run"], "no-such-run"),
     "two kinds of weights": (["--from", "x.safetensors", "--from-pretrained"], "exclude each other"),
     "a score past the end": (["--steps", "5", "--score-steps", "6"], "--score-steps: expected steps in 1..5, got 6"),
+    "scores of several trainings": (["--eval-only", "pretrained", "--seeds", "2"], "leave out --seeds"),
     "no trainings": (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     "resume with other options": (["--resume", "no-such-run", "--lr", "1"], "leave out --lr"),
 }
@@ -382,10 +383,10 @@ def test_scores_and_weights_on_the_way(tmp_path, monkeypatch):
 def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch, capsys):
     out, train_phase = tmp_path / "both", train.Run.train_phase
 
-    def interrupted(run, number, signalled):
+    def interrupted(run, number):
         if run.config.seed == 1 and number == 1:
             raise train.Interrupted(signal.SIGTERM)
-        train_phase(run, number, signalled)
+        train_phase(run, number)
 
     monkeypatch.setattr(train.Run, "train_phase", interrupted)
     assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 128 + signal.SIGTERM
@@ -417,7 +418,8 @@ def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
     assert call(monkeypatch, *TINY, "--table1", "--out", out) == 0
     rows = json.loads((out / "summary.json").read_text())["rows"]
     lengths = ["Slot Attention, 8 steps", "Slot Attention, 9 steps", "Slot Attention, 32 steps"]
-    assert list(rows) == [*lengths, "step-8 + IIO, 5 steps"]
+    assert list(rows) == [*lengths, "Slot Attention, 8 steps + IIO, 5 steps"]
+    assert all(row["ari_std"] > 0 for row in rows.values()), "of one training, that over draws"
     # What is fine-tuned is what was pre-trained as long: the same as one run of both phases.
     assert call(monkeypatch, *TINY, "--out", tmp_path / "one") == 0
     assert_same_tensors(out / "seed0-plain" / "step-8.safetensors", tmp_path / "one" / "before.safetensors")
@@ -425,7 +427,25 @@ def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
     assert plain["step-8"] == tuned["before"]
 
 
-@pytest.mark.parametrize("options", [["--fine-tune", "none"], ["--score-steps", "1"], ["--from", "x.safetensors"]])
+def test_a_signal_while_a_run_is_scored_stops_the_next(tmp_path, monkeypatch, capsys):
+    out, score = tmp_path / "both", train.Run.score
+
+    def signal_then_score(run, key, *arguments):
+        if key == "after":
+            signal.raise_signal(signal.SIGTERM)
+        score(run, key, *arguments)
+
+    monkeypatch.setattr(train.Run, "score", signal_then_score)
+    assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 128 + signal.SIGTERM
+    assert (out / "seed0" / "summary.json").exists(), "what was done is kept"
+    assert not (out / "seed1").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--fine-tune", "none"], ["--score-steps", "1"], ["--from", "x.safetensors"], ["--steps", "0"]],
+    ids=" ".join,
+)
 def test_table_1_refuses_what_would_make_it_another(tmp_path, monkeypatch, capsys, options):
     assert call(monkeypatch, *TINY, "--table1", *options, "--out", tmp_path / "run") == 2
     assert "--table1 takes" in capsys.readouterr().err
