@@ -271,7 +271,7 @@ def sanitize() -> dict[str, Any]:
             differentiated(lambda *x, b=backend: composition_error(*x, backend=b), inputs)()
             ran.append(f"composition, {backend}, channels last: {channels_last}")
     for backend in serving("broadcast"):
-        for case in broadcast_spec.CASES:
+        for case in broadcast_spec.CASES[::6]:  # some of each kind
             inputs, options = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, o=options, b=backend: broadcast_conv2d(*x, **o, backend=b), inputs)()
             ran.append(f"broadcast, {backend}, {case.name}")

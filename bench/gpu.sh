@@ -67,8 +67,10 @@ part() {
 
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ $dry ]; then
+  races=(-k "backward or train")
   tests=(-k "triton-cpu and plain and not compile and not any_shape and not gradcheck")
 else
+  races=()
   # Not those of any shape, each of which is a kernel to compile.
   tests=(-n 14 -k "(triton-cuda or cuda-cuda or test_gpu) and not any_shape")
 fi
@@ -86,8 +88,8 @@ else
   part racecheck 60 "$sanitizer" --tool racecheck --error-exitcode 9 "$python" -m bench.gpu sanitize "$out"
 fi
 part repeats 40 "$python" -m bench.gpu repeats "$out"
-LINES_SHOWN=150 part benchmarks 240 "$python" -m pytest bench --benchmark-only -q -p no:cacheprovider --benchmark-quiet \
-  --seconds=$((210 * slack)) --benchmark-json="$out/benchmarks.json"
+LINES_SHOWN=150 part benchmarks 240 "$python" -m pytest bench "${races[@]}" --benchmark-only -q -p no:cacheprovider \
+  --benchmark-quiet  --seconds=$((210 * slack)) --benchmark-json="$out/benchmarks.json"
 part launch_settings 90 "$python" -m bench.gpu launch_settings "$out"
 part training 580 "$python" -m bench.gpu training "$out"
 "$python" -m bench.gpu summary "$out"
