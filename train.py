@@ -210,10 +210,19 @@ def resolve(config: Config) -> Config:
             raise UsageError(f"{option(steps)} and {option(epochs)} exclude each other")
         if given:
             defaults.pop(epochs, None), defaults.pop(steps, None)
+    tuning = ("fine_tune_epochs", "fine_tune_steps", "fine_tune_lr")
+    given = [name for name in tuning if getattr(config, name) is not None]
+    if given and config.fine_tune == "none":
+        raise UsageError(f"{option(given[0])}: there is no fine-tuning without --fine-tune iio")
+    given = [name for name in ARCHITECTURE if getattr(config, name) not in (None, getattr(Config, name, None))]
+    if given and (config.from_ or config.from_pretrained or config.eval_only):
+        raise UsageError(f"{option(given[0])}: weights bring their own architecture; leave it out")
     if config.from_pretrained:
         if config.from_ is not None:
             raise UsageError("--from-pretrained and --from exclude each other")
         if config.steps is None and config.epochs is None:
+            if config.fine_tune == "none":
+                raise UsageError("--from-pretrained: nothing to train without --fine-tune iio or --steps")
             defaults.pop("epochs", None), defaults.update(steps=0)
         defaults["from_"] = PRETRAINED / f"{config.dataset}-before.safetensors"
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -413,12 +422,13 @@ def resume_command(folder: Path) -> str:
     if num_ranks() > 1:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         program = f"torchrun --nproc-per-node {here}" if here == num_ranks() else "torchrun [its options as before]"
-    return f"{program} train.py --resume {shlex.quote(str(folder))}"
+    return f"{program} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def save_weights(path: Path, model: SlotAttentionAutoEncoder, config: Config, results: dict) -> None:
     """Weights as safetensors, with what is needed to build the model again."""
     about = {"architecture": json.dumps(architecture(config)), "scores": json.dumps(results)}
+    about["num_scenes"] = str(config.num_scenes)
     write(path, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, about))
 
 
@@ -429,10 +439,14 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
             about = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        shape = json.loads(about["architecture"])
-        return dataclasses.replace(config, **{name: int(shape[name]) for name in ARCHITECTURE}), tensors
+        shape, seen = json.loads(about["architecture"]), int(about.get("num_scenes", 0))
+        config = dataclasses.replace(config, **{name: int(shape[name]) for name in ARCHITECTURE})
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path} holds no weights of a run ({error})") from None
+    if config.data is None and config.num_scenes < seen:
+        raise UsageError(f"--num-scenes {config.num_scenes}: {path.name} was trained on the first {seen:,} scenes, so "
+                         f"those that follow are not unseen; expected at least {seen}")  # fmt: skip
+    return config, tensors
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -702,7 +716,8 @@ def row_name(key: str, config: Config) -> str:
     if config.from_ is not None:
         begun = row_name(config.from_.stem, config) if config.from_.stem.startswith("step-") else config.from_.stem
     if key == "before":
-        return f"{begun}, {steps['pre-training']:,} steps"
+        more = "more " if config.from_ is not None else ""
+        return f"{begun}, {steps['pre-training']:,} {more}steps" if steps["pre-training"] or not more else begun
     return f"{'' if steps['pre-training'] else begun} + IIO, {steps['fine-tuning']:,} steps"
 
 
@@ -883,9 +898,8 @@ class Run:
     def score(self, key: str, phase: str, step: int, next_phase: int | None = None) -> None:
         """Score the model on all scoring scenes; keep scores and weights under `key`. `next_phase` begins then."""
         scored = self.results[key] = evaluate(self.model, self.source, self.unseen, self.config.eval_draws, self.config)
-        say(
-            f"{phase} at step {step:,} after {self.seconds / 60:.1f} min\n{table({row_name(key, self.config): scored})}"
-        )
+        when = f"{phase} at step {step:,}" if step else "at the start"
+        say(f"{when} after {self.seconds / 60:.1f} min\n{table({row_name(key, self.config): scored})}")
         if rank() == 0:
             save_weights(self.folder / f"{key}.safetensors", self.model, self.config, scored)
         if next_phase is not None:
@@ -1072,7 +1086,8 @@ def run_several(config: Config, folder: Path, source: Scenes, signalled: Callabl
         "seconds": sum(s["seconds"] for s in summaries.values()),
     }
     write(folder / "summary.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
-    write(folder / "summary.md", markdown(rows))
+    caption = f"{config.eval_scenes:,} unseen scenes, mean ± standard deviation over {over}.\n\n"
+    write(folder / "summary.md", caption + markdown(rows))
     say(f"\nScores on {config.eval_scenes:,} unseen scenes, mean ± std over {over}, after "
         f"{about['seconds'] / 60:.1f} min:\n{table(rows)}\n\n"
         f"The same, and each training's: {folder}/summary.json, summary.md")  # fmt: skip
@@ -1121,6 +1136,13 @@ def score_only(config: Config) -> None:
         f"{table(results)}")  # fmt: skip
 
 
+def leave(words: str, exit_code: int) -> None:
+    say(words, file=sys.stderr)
+    if rank() > 0:
+        time.sleep(3)  # torchrun kills the others as soon as one has left: let the first speak
+    sys.exit(exit_code)
+
+
 def main() -> None:
     given = tyro.cli(Config)
     keep_freed_memory()
@@ -1150,8 +1172,7 @@ def main() -> None:
         say(f"\nInterrupted; all is saved. To continue: {resume_command(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Diverged as error:
-        say(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        leave(f"train.py: {error}", 1)
     except RuntimeError as error:
         if num_ranks() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
@@ -1161,8 +1182,7 @@ def main() -> None:
         print(f"train.py: process {rank()} of {num_ranks()} lost another one ({reason}).{going_on}", file=sys.stderr)
         sys.exit(1)
     except (UsageError, DataError, OSError) as error:
-        say(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"train.py: {error}", 2)
 
 
 if __name__ == "__main__":

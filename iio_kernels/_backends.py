@@ -76,7 +76,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend not in candidates:
-        raise ValueError(f"backend: {backend!r} has no kernels of {op}: expected one of {names}")
+        raise ValueError(f"backend: {backend!r} has no kernels of this function: expected one of {names}")
     reason = BACKENDS[backend].refuses(device)
     if reason is not None:
         kind = RuntimeError if reason == BACKENDS[backend].missing() else ValueError

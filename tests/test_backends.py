@@ -112,14 +112,14 @@ def test_a_backend_may_leave_an_operation_to_others(registry):
     registry["second"] = Backend(("cuda",), lambda: None)
     assert _backends.choose("inpainting", "auto", torch.device("cuda")) == "first"
     assert _backends.choose("slot_attention", "auto", torch.device("cuda")) == "second"
-    says = "backend: 'first' has no kernels of slot_attention: expected one of 'auto', 'second'"
+    says = "backend: 'first' has no kernels of this function: expected one of 'auto', 'second'"
     with pytest.raises(ValueError, match=says):
         _backends.choose("slot_attention", "first", torch.device("cuda"))
 
 
 def test_cuda_leaves_slot_attention_to_triton():
     q, k = torch.rand(1, 2, 4), torch.rand(1, 5, 4)
-    with pytest.raises(ValueError, match=r"'cuda' has no kernels of slot_attention: expected one of .*'triton'"):
+    with pytest.raises(ValueError, match=r"'cuda' has no kernels of this function: expected one of .*'triton'"):
         slot_attention(q, k, k, backend="cuda")
 
 

@@ -19,8 +19,9 @@ import train
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT.parent / "shared" / "data" / "tetrominoes_sample.tfrecords"
-TINY = ["--preset", "smoke", "--device", "cpu", "--steps", "8", "--fine-tune-steps", "5", "--fine-tune", "iio"]
-TINY += ["--num-scenes", "40", "--eval-scenes", "6", "--eval-draws", "2", "--log-every", "2", "--eval-every", "5"]
+PLAIN = ["--preset", "smoke", "--device", "cpu", "--steps", "8", "--num-scenes", "40", "--eval-scenes", "6"]
+PLAIN += ["--eval-draws", "2", "--log-every", "2", "--eval-every", "5"]
+TINY = [*PLAIN, "--fine-tune", "iio", "--fine-tune-steps", "5"]
 
 
 def call(monkeypatch, *arguments):
@@ -149,7 +150,7 @@ def test_an_interrupted_run_is_saved_and_says_how_to_go_on(finished, tmp_path, m
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert f"python train.py --resume {out}" in errors
+    assert f"train.py --resume {out}" in errors
     assert call(monkeypatch, "--resume", out) == 0
     assert_same_weights(finished, out)
 
@@ -231,7 +232,7 @@ def test_a_checkpoint_from_a_stranger_cannot_run_code(finished, tmp_path, monkey
 
 
 def test_from_starts_with_given_weights_and_their_architecture(finished, tmp_path, monkeypatch):
-    arguments = [*TINY, "--channels", "32", "--steps", "0", "--fine-tune", "none"]
+    arguments = [*PLAIN, "--steps", "0"]
     arguments += ["--from", finished / "after.safetensors", "--out", tmp_path / "run"]
     assert call(monkeypatch, *arguments) == 0
     assert_same_tensors(tmp_path / "run" / "before.safetensors", finished / "after.safetensors")
@@ -267,6 +268,14 @@ REFUSED = {
     "a file that is not there": (["--data", "no-such-file.tfrecords"], "no-such-file.tfrecords"),
     "weights that are not there": (["--from", "no-such-file.safetensors"], "no-such-file.safetensors"),
     "no run to resume": (["--resume", "no-such-run"], "no-such-run"),
+    "fine-tuning without saying so": (["--fine-tune-steps", "5"], "--fine-tune-steps: there is no fine-tuning without"),
+    "another architecture than the weights'": (["--from-pretrained", "--channels", "16"], "--channels: weights bring"),
+    "nothing to train": (["--from-pretrained"], "--from-pretrained: nothing to train without"),
+    "table 1 without fine-tuning": (["--table1"], "--table1 takes --fine-tune iio"),
+    "scenes that the weights have seen": (
+        ["--from-pretrained", "--fine-tune", "iio", "--num-scenes", "400", "--device", "cpu"],
+        "--num-scenes 400: tetrominoes-before.safetensors was trained on the first 60,000 scenes",
+    ),
     "two kinds of weights": (["--from", "x.safetensors", "--from-pretrained"], "exclude each other"),
     "a score past the end": (["--steps", "5", "--score-steps", "6"], "--score-steps: expected steps in 1..5, got 6"),
     "scores of several trainings": (["--eval-only", "pretrained", "--seeds", "2"], "leave out --seeds"),
@@ -375,7 +384,7 @@ def test_scores_and_weights_on_the_way(tmp_path, monkeypatch):
     for steps in (3, 5):
         short = tmp_path / str(steps)
         # The learning rate does not depend on the number of steps, so a shorter run is the beginning of a longer one.
-        assert call(monkeypatch, *TINY, "--steps", steps, "--fine-tune", "none", "--out", short) == 0
+        assert call(monkeypatch, *PLAIN, "--steps", steps, "--out", short) == 0
         assert_same_tensors(tmp_path / "run" / f"step-{steps}.safetensors", short / "before.safetensors")
         assert summary[f"step-{steps}"] == json.loads((short / "summary.json").read_text())["before"]
 
@@ -408,7 +417,7 @@ def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch,
         assert row["ari"] == pytest.approx((a + b) / 2)
         assert row["ari_std"] == pytest.approx(abs(a - b) / 2**0.5)
         assert f"{100 * row['ari']:.2f} ± {100 * row['ari_std']:.2f}" in printed
-    assert (out / "summary.md").read_text().count("\n| ") == 2
+    assert (out / "summary.md").read_text().count("\n| ") == 3
     assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 2
     assert "holds a finished run" in capsys.readouterr().err
 
@@ -443,7 +452,7 @@ def test_a_signal_while_a_run_is_scored_stops_the_next(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     "options",
-    [["--fine-tune", "none"], ["--score-steps", "1"], ["--from", "x.safetensors"], ["--steps", "0"]],
+    [["--score-steps", "1"], ["--from", "x.safetensors"], ["--steps", "0"]],
     ids=" ".join,
 )
 def test_table_1_refuses_what_would_make_it_another(tmp_path, monkeypatch, capsys, options):
@@ -456,7 +465,9 @@ def test_fine_tuning_starts_from_the_weights_that_come_with_this(tmp_path, monke
     options = ["--device", "cpu", "--fine-tune", "iio", "--fine-tune-steps", "1", "--eval-scenes", "6"]
     assert call(monkeypatch, "--from-pretrained", "--preset", "quick", *options, "--out", tmp_path / "run") == 0
     assert_same_tensors(tmp_path / "run" / "before.safetensors", train.PRETRAINED / "tetrominoes-before.safetensors")
-    assert "0 steps of pre-training, then 1 steps of fine-tuning" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 steps of pre-training, then 1 steps of fine-tuning" in printed
+    assert "tetrominoes-before + IIO, 1 steps" in printed
 
 
 def test_the_weights_that_come_with_this_score_as_they_say(monkeypatch, capsys):

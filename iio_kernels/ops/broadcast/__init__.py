@@ -146,8 +146,8 @@ def _check(
     D, O = z.shape[-1], weight.shape[1 if transposed else 0]
     if weight.shape[0 if transposed else 1] != D or 0 in weight.shape:
         raise ValueError(
-            f"weight: expected shape {layout} without an empty dimension, D = {D} to match z {tuple(z.shape)}, got "
-            f"{tuple(weight.shape)}"
+            f"weight: expected shape {layout}{' without an empty dimension' if 0 in weight.shape else ''}, D = {D} to "
+            f"match z {tuple(z.shape)}, got {tuple(weight.shape)}"
         )
     if position_map.shape[0] != O:
         raise ValueError(

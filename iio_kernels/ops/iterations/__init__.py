@@ -66,9 +66,9 @@ def slot_attention_module(
 
         for each of `iterations`:
             q = norm_slots(slots) @ wq.mT
-            A = softmax over slots of scale * (x @ wk.mT) @ q.mT
+            A = softmax over slots of scale * q @ (x @ wk.mT).mT
             W = (A + eps) / sum over inputs of (A + eps)
-            updates = W.mT @ (x @ wv.mT)
+            updates = W @ (x @ wv.mT)
             h = GRU(updates, slots)
             slots = h + w2 @ relu(w1 @ norm_mlp(h) + b1) + b2
 
@@ -253,7 +253,8 @@ def _check(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) -> SlotAtten
         raise ValueError(f"slots: expected shape ({B}, K, D) to match x {tuple(x.shape)}, got {tuple(slots.shape)}")
     names = SlotAttentionWeights._fields
     if not isinstance(weights, tuple) or len(weights) != len(names):
-        raise TypeError(f"weights: expected a SlotAttentionWeights, {len(names)} tensors, got {type(weights).__name__}")
+        got = type(weights).__name__ + (f" of {len(weights)}" if isinstance(weights, (tuple, list)) else "")
+        raise TypeError(f"weights: expected a SlotAttentionWeights, {len(names)} tensors, got {got}")
     weights = SlotAttentionWeights(*weights)
     Dk, H = (len(_checks.tensor(f"weights.{name}", getattr(weights, name), "(out, in)")) for name in ("wq", "w1"))
     if Dk == 0 or H == 0:
