@@ -13,6 +13,7 @@ from conftest import SERVING
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from iio_kernels import BroadcastFunction, _backends, broadcast_conv2d
 from iio_kernels.ops.broadcast import reference
@@ -465,7 +466,7 @@ def test_compiles_as_one_graph(dynamic, kind, backend, device):
 @compiles
 def test_a_last_batch_is_not_compiled_anew(backend, device):
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(broadcast_conv2d, backend=counter, fullgraph=True)
     for M in (8, 6, 3):
         tensors, options = Case("batches", (M,)).make(device=device)
