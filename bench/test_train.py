@@ -11,8 +11,9 @@ import os
 import pytest
 import torch
 
-import train
 from tests import plain
+
+train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOY = os.environ.get("IIO_KERNELS_BENCH_SIZES") == "toy"

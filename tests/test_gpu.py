@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train
 from iio_kernels import (
     SlotAttentionWeights,
     _build,
@@ -234,6 +233,7 @@ def test_memory_of_the_loss_is_that_of_a_few_inputs():
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon")])
 def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer):
     """From the first step on and from a resumed optimizer, without waiting for the device."""
+    train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
     options = dict(preset="smoke", device="cuda", precision=precision, optimizer=optimizer, fine_tune="iio")
     config = train.resolve(train.Config(**options))
     source = train.open_scenes(config)
@@ -269,6 +269,7 @@ def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer
 
 
 def test_a_captured_step_notices_what_is_no_number():
+    train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
     config = train.resolve(train.Config(preset="smoke", device="cuda", optimizer="adam", clip=0.0))
     source = train.open_scenes(config)
     model = train.build_model(config, source.size)
