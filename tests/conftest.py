@@ -73,6 +73,20 @@ SERVING = [
 ]
 
 
+def comparison(names: tuple[str, ...], relative: float) -> Callable[..., None]:
+    """assert_all_close(got, expected, relative) of results that are called so, each relative to its largest value or
+    1."""
+
+    def assert_all_close(got, expected, relative: float = relative) -> None:
+        for name, x, y in zip(names, got, expected, strict=True):
+            scale = max(y.abs().max().item(), 1) if y.numel() else 1
+            torch.testing.assert_close(
+                x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+    return assert_all_close
+
+
 def assert_refused(
     function: Callable[..., object], arguments: dict[str, object], error: type[Exception], words: list[str]
 ) -> None:

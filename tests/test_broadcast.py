@@ -9,7 +9,7 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SERVING, assert_refused, examples
+from conftest import SERVING, assert_refused, comparison, examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,10 +57,7 @@ def literally(tensors, incoming=None, **options) -> tuple[Tensor, ...]:
     return results(literal.broadcast_conv2d, tensors, incoming, **options)
 
 
-def assert_all_close(got, expected, relative: float = 1e-12) -> None:
-    for name, x, y in zip(NAMES, got, expected, strict=True):
-        scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
+assert_all_close = comparison(NAMES, 1e-12)
 
 
 # --- the formula --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SERVING, assert_refused, examples
+from conftest import SERVING, assert_refused, comparison, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,10 +56,7 @@ def composed(image, decoded, backend: str | None = None, incoming=None) -> tuple
     return results(lambda _, decoded: function(decoded, **options), image, decoded, incoming)
 
 
-def assert_all_close(got, expected, relative: float = 1e-12) -> None:
-    for name, x, y in zip(NAMES, got, expected, strict=True):
-        scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
+assert_all_close = comparison(NAMES, 1e-12)
 
 
 # --- the formula --------------------------------------------------------------------------------------------

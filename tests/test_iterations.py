@@ -5,7 +5,7 @@ from __future__ import annotations
 import literal
 import pytest
 import torch
-from conftest import SERVING, assert_refused, examples
+from conftest import SERVING, assert_refused, comparison, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -60,10 +60,7 @@ def cast(arguments, dtype: torch.dtype) -> tuple:
     return x.to(dtype), slots.to(dtype), SlotAttentionWeights(*(w.to(dtype) for w in weights)), T
 
 
-def assert_all_close(got, expected, relative: float = 1e-11) -> None:
-    for name, x, y in zip(NAMES, got, expected, strict=True):
-        scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
+assert_all_close = comparison(NAMES, 1e-11)
 
 
 # --- the formula --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import literal
 import pytest
 import torch
-from conftest import SERVING, assert_refused
+from conftest import SERVING, assert_refused, comparison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_composition import _strided, random_like
@@ -41,10 +41,7 @@ def literally(image, decoded, incoming=None, **options) -> tuple[Tensor, ...]:
     return results(literal.spatial_mixture, image, decoded, incoming, **options)
 
 
-def assert_all_close(got, expected, relative: float = 1e-12) -> None:
-    for name, x, y in zip(NAMES, got, expected, strict=True):
-        scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
+assert_all_close = comparison(NAMES, 1e-12)
 
 
 # --- the formula --------------------------------------------------------------------------------------------

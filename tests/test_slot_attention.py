@@ -5,7 +5,7 @@ from __future__ import annotations
 import literal
 import pytest
 import torch
-from conftest import examples
+from conftest import comparison, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,10 +50,7 @@ def run(tensors, backend: str, incoming=None, **options) -> tuple[Tensor, ...]:
 NAMES = ("U", "A", "dq", "dk", "dv")
 
 
-def assert_all_close(got, expected, relative: float = 1e-11) -> None:
-    for name, x, y in zip(NAMES, got, expected, strict=True):
-        scale = max(y.abs().max().item(), 1) if y.numel() else 1
-        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale, msg=lambda text, name=name: f"{name}: {text}")
+assert_all_close = comparison(NAMES, 1e-11)
 
 
 # --- the formula --------------------------------------------------------------------------------------------
