@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-__all__ = ["COLOURS", "MATERIALS", "MAX_OBJECTS", "NUM_PROPERTIES", "SHAPES", "SIZES", "encode"]
+__all__ = ["COLOURS", "MATERIALS", "MAX_OBJECTS", "NUM_PROPERTIES", "SHAPES", "SIZES", "encode", "kinds"]
 
 MAX_OBJECTS = 10
 
@@ -33,3 +33,12 @@ def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, c
     for number, table in ((size, SIZES), (material, MATERIALS), (shape, SHAPES), (colour, COLOURS)):
         parts.append(one_hot(number.where(real, 0), len(table)))
     return torch.cat([*parts, torch.ones_like(real)[..., None]], -1) * real[..., None].float()
+
+
+def kinds(objects: Tensor) -> list[Tensor]:
+    """Size, material, shape and colour of objects (..., 19), or of predictions, of whose numbers the largest counts.
+
+    Each is int64 (...), numbers into the tables above.
+    """
+    one_hots = objects[..., 3:-1].split([len(table) for table in (SIZES, MATERIALS, SHAPES, COLOURS)], -1)
+    return [one_hot.argmax(-1) for one_hot in one_hots]

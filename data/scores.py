@@ -12,6 +12,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from .properties import kinds
+
 __all__ = ["adjusted_rand_index", "average_precision", "mean_best_overlap", "mean_iou", "mean_squared_error"]
 
 
@@ -200,9 +202,8 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
     """
     predicted, objects = predicted.detach().double().cpu(), objects.detach().double().cpu()
     same = objects[..., None, :, -1] > 0.5
-    for first, last in ((3, 5), (5, 7), (7, 10), (10, 18)):
-        kinds = (x[..., first:last].argmax(-1) for x in (predicted, objects))
-        same = same & (next(kinds).unsqueeze(-1) == next(kinds).unsqueeze(-2))
+    for ours, theirs in zip(kinds(predicted), kinds(objects), strict=True):
+        same = same & (ours.unsqueeze(-1) == theirs.unsqueeze(-2))
     away = 6 * torch.linalg.vector_norm(predicted[..., None, :3] - objects[:, None, :, :3], dim=-1)
     away, nearest = torch.where(same, away, math.inf).min(-1)  # (B, K)
     scene = torch.arange(len(objects)).unsqueeze(1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.set_prediction import PROPERTIES
+from data.properties import NUM_PROPERTIES
 
 #: Of the representation loss of the true set, beside the set loss as a mean over the M pairs.
 REPRESENTATION_WEIGHT = 0.1
@@ -122,15 +122,14 @@ class DSPN(nn.Module):
     ) -> None:
         super().__init__()
         self.iterations, self.inner_rate = iterations, inner_rate
-        size = sum(PROPERTIES.values())
         self.image_encoder = ImageEncoder(resolution, latent_size, channels)
-        self.set_encoder = SetEncoder(size, latent_size, latent_size)
+        self.set_encoder = SetEncoder(NUM_PROPERTIES, latent_size, latent_size)
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        self.start = nn.Parameter(torch.rand(num_slots, size))  # Y^(0)
+        self.start = nn.Parameter(torch.rand(num_slots, NUM_PROPERTIES))  # Y^(0)
         nn.init.constant_(self.start[:, -1], 0.5)
 
     def forward(

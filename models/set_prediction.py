@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from data.properties import NUM_PROPERTIES
 from iio_kernels.nn import SlotAttention
 from models.slot_attention import Encoder
 from models.slot_mlp import SlotMLP
-
-#: What the last dimension of objects is made of, in order.
-PROPERTIES = {"coordinates": 3, "size": 2, "material": 2, "shape": 3, "color": 8, "real": 1}
 
 
 class SetPredictor(nn.Module):
@@ -71,7 +69,7 @@ class SetPredictor(nn.Module):
             grid = self.encoder.position.grid.shape[:2]
             self.slots = SlotMLP(input_size, slot_size, num_slots, grid, hidden_size=hidden_size)
         self.classifier = nn.Sequential(
-            nn.Linear(slot_size, slot_size), nn.ReLU(), nn.Linear(slot_size, sum(PROPERTIES.values()))
+            nn.Linear(slot_size, slot_size), nn.ReLU(), nn.Linear(slot_size, NUM_PROPERTIES)
         )
 
     def forward(self, image: Tensor, *, noise: Tensor | None = None, stepwise: bool = False) -> Tensor:

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
+from data.properties import NUM_PROPERTIES
 from data.scores import average_precision
-from models.set_prediction import PROPERTIES, SetPredictor, pairwise_cost, set_loss
+from models.set_prediction import SetPredictor, pairwise_cost, set_loss
 
 
 def thing(place, size=0, material=0, shape=0, color=0, real=1.0):
     """One object, or one prediction of certainty `real`."""
-    x = torch.zeros(sum(PROPERTIES.values()))
+    x = torch.zeros(NUM_PROPERTIES)
     x[:3] = torch.tensor(place)
     for first, kind in ((3, size), (5, material), (7, shape), (10, color)):
         x[first + kind] = 1
