@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iio_kernels
+from models.iodine import coordinates
 
 
 class Scene(NamedTuple):
@@ -120,8 +121,8 @@ class Decoder(nn.Module):
         widths = [latent_size + 2] + [channels] * 4
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3) for i, o in pairwise(widths))
         self.to_rgba = nn.Conv2d(channels, 4, 1)
-        rows, columns = (torch.linspace(-1, 1, n + 2 * len(self.convs)) for n in resolution)
-        self.register_buffer("grid", torch.stack(torch.meshgrid(rows, columns, indexing="ij")), persistent=False)
+        larger = tuple(n + 2 * len(self.convs) for n in resolution)
+        self.register_buffer("grid", coordinates(larger), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
         first, *others = self.convs
