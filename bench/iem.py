@@ -9,6 +9,7 @@ the photographs that come with scikit-image and scikit-learn.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 import time
@@ -96,7 +97,9 @@ def main(out: Path) -> None:
         for K in (3, 5):
             rows_of_picture.append(0.5 * images + 0.5 * colors[iem.segment_kway(images, K)].movedim(-1, 1))
         sheet = torch.cat([torch.cat(list(row), 2) for row in rows_of_picture], 1)
-        Image.fromarray((sheet * 255).byte().permute(1, 2, 0).numpy()).save(out / "photographs.png")
+        picture = io.BytesIO()
+        Image.fromarray((sheet * 255).byte().permute(1, 2, 0).numpy()).save(picture, "png")
+        train.write(out / "photographs.png", picture.getvalue())
 
 
 if __name__ == "__main__":

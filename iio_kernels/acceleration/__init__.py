@@ -316,7 +316,7 @@ def _tried(fast: Accelerated, path: str, args: tuple, kwargs: dict) -> Entry:
     try:
         with _as_before(module, args, kwargs), torch.inference_mode(False):
             difference = _difference(module, fast.plain, fast, args, kwargs)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the module is left as it was, with the reason in the report
         left.what = f"it could not be traced: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         return left
     done = [call for calls, _ in fast.log for call in calls]
