@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 import iio_kernels
 from data import DATASETS, DataError, ResidentScenes, Scenes, load, scores
+from data.properties import kinds
 from models.dspn import DSPN, REPRESENTATION_WEIGHT
 from models.iodine import IODINE
 from models.monet import MONet
@@ -225,6 +226,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def without(preset: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A preset but for sizes that another model has not."""
+    return {name: value for name, value in preset.items() if name not in names}
+
+
 PRESETS["set-prediction"] = {
     # Slot Attention's supplement, section E: 150,000 steps on CLEVR's 70,000 images.
     "paper": dict(
@@ -251,11 +257,8 @@ PRESETS["set-prediction by dspn"] = {
         channels=16, slot_size=64, iterations=10, batch_size=32,
         optimizer="adam", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0,
     ),
-    "smoke": dict(
-        steps=20, num_scenes=64, eval_scenes=16,
-        channels=8, slot_size=16, iterations=2, batch_size=8,
-        optimizer="muon", lr=1e-3, warmup_steps=5, half_life=20, clip=1.0,
-    ),
+    "smoke": without(PRESETS["set-prediction"]["smoke"], "kernel_size", "input_size", "downsample")
+    | dict(slot_size=16, iterations=2),
 }  # fmt: skip
 
 PRESETS["iodine"] = {
@@ -288,21 +291,14 @@ PRESETS["monet"] = {
         optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=5.0,
         margin=4e-4, hinge_scale=1e3,
     ),
-    "smoke": dict(
-        steps=20, fine_tune_steps=10, num_scenes=256, eval_scenes=32,
-        channels=8, slot_size=8, batch_size=8,
-        optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=5, half_life=20, clip=1.0,
-        margin=4e-4, hinge_scale=1e3,
-    ),
+    "smoke": without(PRESETS["slot-attention"]["smoke"], "kernel_size", "input_size", "iterations")
+    | dict(slot_size=8),
 }  # fmt: skip
 
 # Muon would spend its time on Slot MLP's first layer, which holds nearly all of its weights.
 for _name, _of in (("slot-mlp", "slot-attention"), ("set-prediction by slot-mlp", "set-prediction")):
     _own = dict(optimizer="adam", lr=4e-4, fine_tune_lr=4e-4)
-    PRESETS[_name] = {
-        preset: {name: value for name, value in values.items() if name != "iterations"} | _own
-        for preset, values in PRESETS[_of].items()
-    }
+    PRESETS[_name] = {preset: without(values, "iterations") | _own for preset, values in PRESETS[_of].items()}
 
 #: What images of another height than Tetrominoes' change, by what is trained, the preset and the height.
 ADJUSTED: dict[tuple[str, str, int], dict[str, Any]] = {
@@ -336,7 +332,7 @@ def resolve(config: Config) -> Config:
         free = ("num_slots", "iterations") if config.eval_only else ()
         if fixed := [n for n in asked if n not in free]:
             raise UsageError(f"{option(fixed[0])}: weights bring their own architecture; leave it out")
-        if str(weights) == "pretrained":
+        if str(config.eval_only) == "pretrained":
             weights = pretrained(config)[0]
         config, _ = load_weights(weights, config)
         if config.model == "slot-mlp" and "num_slots" in asked:
@@ -1412,7 +1408,7 @@ def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) 
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
         for axis, objects in zip(row, scenes, strict=True):
             for thing in objects[objects[:, -1] > 0.5]:
-                size, material, shape, color = (thing[i:j].argmax() for i, j in ((3, 5), (5, 7), (7, 10), (10, 18)))
+                size, material, shape, color = kinds(thing)
                 axis.plot(thing[0], thing[1], "so^"[shape], color=COLORS[color], markersize=(5, 9)[size],
                           markeredgecolor="black", markeredgewidth=(0.3, 1.2)[material])  # fmt: skip
             axis.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
