@@ -133,8 +133,9 @@ class Config:
 
     batch_size: int | None = None
     """Scenes in a step, over all processes."""
-    optimizer: Literal["adam", "muon"] | None = None
-    """adam, as published; or muon: Muon for hidden matrices and convolutions, Adam for the rest, at one rate."""
+    optimizer: Literal["adam", "rmsprop", "muon"] | None = None
+    """adam or, of MONet, rmsprop, as published; or muon: Muon for hidden matrices and convolutions, Adam for the rest,
+    at one rate."""
     lr: float | None = None
     """Peak learning rate in pre-training."""
     half_life: int | None = None
@@ -278,11 +279,11 @@ PRESETS["iodine"] = {
     "smoke": PRESETS["slot-attention"]["smoke"] | dict(slot_size=8, iterations=2, pixel_sigma=0.3, clip=5.0),
 }  # fmt: skip
 PRESETS["monet"] = {
-    # Burgess et al., appendix B, but for the optimizer, which was RMSProp.
+    # Burgess et al., appendix B.
     "paper": dict(
         steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
         channels=32, slot_size=16, batch_size=64,
-        optimizer="adam", lr=1e-4, fine_tune_lr=1e-4, warmup_steps=0, half_life=10**9, clip=0.0,
+        optimizer="rmsprop", lr=1e-4, fine_tune_lr=1e-4, warmup_steps=0, half_life=10**9, clip=0.0,
         margin=4e-4, hinge_scale=1e3,
     ),
     "quick": dict(
@@ -669,7 +670,7 @@ def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     except (EOFError, RuntimeError, pickle.UnpicklingError):
         raise UsageError(f"{path} is not a checkpoint of a run: it is damaged, or holds more than tensors") from None
     if not state.keys() >= {"phase", "step", "seconds", "results", "optimizer", "model"} or (
-        state["optimizer"] is not None and "adam" not in state["optimizer"]
+        state["optimizer"] is not None and not state["optimizer"].keys() <= {"adam", "rmsprop", "muon"}
     ):
         raise UsageError(f"{path} was written by another version of train.py: continue the run with that version")
     return state

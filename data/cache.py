@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -70,19 +71,21 @@ def open_arrays(cache: Path, verify: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
-def build(path: Path, stamp: dict, caches: list[Path], convert: Callable[[Path], None]) -> Path:
+def build(path: Path, wanted: dict, caches: list[Path], convert: Callable[[Path], None]) -> Path:
     """Makes the first of `caches` whose place can be written, and says which.
 
-    `convert` fills a folder with arrays by a `GrowingArrays` of that stamp. It finds there what an earlier process left
-    that was interrupted or killed.
+    `convert` fills a folder with arrays by a `GrowingArrays` of the stamp `wanted`. It finds there what an earlier
+    process left that was interrupted or killed. One process converts at a time: others wait, and take what it made.
     """
     with contextlib.ExitStack() as stack:
         work, cache = _work_folder(path, caches, stack)
         new, keep = work / "new", False
         try:
+            if stamp(cache) == wanted:  # another process was first
+                return cache
             new.mkdir(exist_ok=True)
             convert(new)
-            _install(new, cache, stamp)
+            _install(new, cache, wanted)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except OSError as error:
@@ -188,7 +191,7 @@ def _work_folder(path: Path, caches: list[Path], stack: contextlib.ExitStack) ->
     for cache in caches:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            # The folder that a killed process left, or an empty one; another where a living process has it.
+            # The folder that a killed process left, or an empty one; another where nothing says whose it is.
             kept = cache.with_name(f".{cache.name}.part")
             if _lock(kept, stack):
                 return kept, cache
@@ -200,20 +203,27 @@ def _work_folder(path: Path, caches: list[Path], stack: contextlib.ExitStack) ->
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
-    """Makes `folder` this process's own until `stack` ends; False where it is another's, who lives."""
+    """Makes `folder` this process's own until `stack` ends, once no other lives that has it; False without locks."""
     if fcntl is None:
         return False
-    folder.mkdir(exist_ok=True)
-    try:
-        file = stack.enter_context((folder / "lock").open("w"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat())
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # the file system knows no locks
-            shutil.rmtree(folder, ignore_errors=True)
-        elif error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):  # another process has locked or removed it
-            raise
-        return False
+    waits = False
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            file = stack.enter_context((folder / "lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                return True
+        except BlockingIOError:
+            waits = True
+            print(f"{folder}: another process converts these scenes; waiting for it", file=sys.stderr, flush=True)
+        except FileNotFoundError:
+            pass  # the other process is done, and has removed it
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # the file system knows no locks
+            return False
 
 
 def _install(new: Path, cache: Path, wanted: dict) -> None:

@@ -352,7 +352,7 @@ def exclusive(path: Path) -> Iterator[bool]:
     """Hold the lock on a file: True. Where files cannot be locked, or its holder never ends, go on without: False."""
     import fcntl
 
-    held = False
+    held = told = False
     with path.open("w") as file:
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
@@ -361,6 +361,10 @@ def exclusive(path: Path) -> Iterator[bool]:
                 held = True
                 break
             except BlockingIOError:
+                if not told:
+                    print(f"iio_kernels: another process compiles to {path.parent}; waiting for it", file=sys.stderr,
+                          flush=True)  # fmt: skip
+                    told = True
                 time.sleep(0.05)
             except OSError:
                 break

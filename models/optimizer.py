@@ -1,4 +1,4 @@
-"""The optimizer of slot models: Adam for all parameters, or Muon for the hidden matrices and Adam for the rest."""
+"""The optimizer of slot models: Adam or RMSProp, or Muon for the hidden matrices and Adam for the rest."""
 
 from __future__ import annotations
 
@@ -71,21 +71,24 @@ def semi_orthogonal(X: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Adam, or Muon for the hidden matrices and Adam for the rest, at one learning rate.
+    """Adam or RMSProp, or Muon for the hidden matrices and Adam for the rest, at one learning rate.
 
     Args:
         model: whose parameters are trained.
-        kind: "adam" or "muon".
+        kind: "adam"; "rmsprop", with the decay of TensorFlow, 0.9, and the root of its epsilon, 1e-5; or "muon".
         capturable: keep the rate and the count of steps on the device, where a captured step reads them.
     """
 
-    def __init__(self, model: nn.Module, kind: Literal["adam", "muon"], capturable: bool = False) -> None:
+    def __init__(self, model: nn.Module, kind: Literal["adam", "rmsprop", "muon"], capturable: bool = False) -> None:
         matrices = [p for p in model.parameters() if kind == "muon" and is_hidden_matrix(p)]
         rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
         rate = torch.zeros((), device=rest[0].device) if capturable else 0.0
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(rest, rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=capturable)
-        }
+        self.parts: dict[str, torch.optim.Optimizer] = {}
+        if kind == "rmsprop":
+            self.parts["rmsprop"] = torch.optim.RMSprop(rest, rate, alpha=0.9, eps=1e-5, capturable=capturable)
+        else:
+            adam = torch.optim.Adam(rest, rate, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=capturable)
+            self.parts["adam"] = adam
         if matrices:
             self.parts["muon"] = Muon(matrices, rate)
 

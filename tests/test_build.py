@@ -113,6 +113,15 @@ def test_four_processes_at_once_build_it_once(tmp_path, compiler):
 
 
 @needs_kernels
+def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
+    (tmp_path / "cache").mkdir()
+    with _build.exclusive(tmp_path / "cache" / "lock"):
+        waiting = start(tmp_path / "cache", compiler)
+        assert f"another process compiles to {tmp_path / 'cache'}; waiting for it" in waiting.stderr.readline()
+    assert "serves: ['cpu', 'reference']" in finish(waiting)[0]
+
+
+@needs_kernels
 def test_kill_9_in_mid_build_leaves_nothing_in_the_way(tmp_path, compiler):
     behave(compiler, "hang")
     killed = start(tmp_path / "cache", compiler)

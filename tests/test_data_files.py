@@ -388,7 +388,8 @@ def test_checksums_where_asked_for(path):
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_another_process_is_first(path, monkeypatch, stale):
-    """While this process converts, another one finishes."""
+    """Where files cannot be locked: while this process converts, another one finishes."""
+    monkeypatch.setattr(cache, "_lock", lambda *_: False)
     if stale:
         write(path, 2, seed=5)
         load(path, progress=False)
@@ -410,10 +411,31 @@ LOAD = "print(len(files.load(sys.argv[1], progress=False)))"
 
 
 def test_processes_at_the_same_time(path):
+    """One converts, and the others wait for what it makes."""
     write(path, 600)
-    command = [sys.executable, "-c", RUN + LOAD, str(path)]
+    tell = "convert = files._convert; files._convert = lambda *a: print('converts') or convert(*a); "
+    command = [sys.executable, "-c", RUN + tell + LOAD, str(path)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate()[0].strip() for process in started] == ["600"] * 3
+    printed = [process.communicate()[0].split() for process in started]
+    assert sorted(printed, key=len) == [["600"], ["600"], ["converts", "600"]]
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_waiting_for_a_process_that_is_killed(path):
+    """Its place is taken, and what it had converted kept."""
+    write(path, 600)
+    slow = "import time; labels = files._labels; "
+    slow += "files._labels = lambda *a: labels(*a) if a[1] < 512 else print('half', flush=True) or time.sleep(600); "
+    first = subprocess.Popen([sys.executable, "-c", RUN + slow + LOAD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "half\n"
+    tell = "labels = files._labels; files._labels = lambda mask, *a: print(len(mask)) or labels(mask, *a); "
+    second = subprocess.Popen(
+        [sys.executable, "-c", RUN + tell + LOAD, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "another process converts these scenes; waiting for it" in second.stderr.readline()
+    first.kill()
+    first.communicate()
+    assert second.communicate()[0].split() == ["88", "600"]
     assert len(list(path.parent.iterdir())) == 2
 
 

@@ -241,7 +241,9 @@ def test_memory_of_the_loss_is_that_of_a_few_inputs():
 
 
 @pytest.mark.parametrize("phase", ["pre-training", "fine-tuning"])
-@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon")])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("fp32", "adam"), ("bf16", "adam"), ("fp32", "muon"), ("fp32", "rmsprop")]
+)
 def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer):
     """From the first step on and from a resumed optimizer, without waiting for the device."""
     train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")

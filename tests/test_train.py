@@ -130,8 +130,9 @@ def test_kill_9_then_resume_gives_the_same_weights(finished, tmp_path, monkeypat
     assert ours["after"] == whole["after"]
 
 
-def test_adam_too_resumes_exactly(tmp_path, monkeypatch):
-    options = [*TINY, "--optimizer", "adam"]
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_other_optimizers_resume_exactly(tmp_path, monkeypatch, optimizer):
+    options = [*TINY, "--optimizer", optimizer]
     assert call(monkeypatch, *options, "--out", tmp_path / "whole") == 0
     process = start(*options, "--checkpoint-every", 0, "--log-every", 1, "--out", tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -491,13 +492,17 @@ def semi_orthogonal(matrix):
     return x
 
 
-def test_adam_alone_is_torch_adam():
-    config = train.resolve(train.Config(preset="smoke", optimizer="adam", device="cpu"))
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("adam", lambda parameters: torch.optim.Adam(parameters, 1e-3, eps=1e-8, fused=True)),
+        ("rmsprop", lambda parameters: torch.optim.RMSprop(parameters, 1e-3, alpha=0.9, eps=1e-5)),
+    ],
+)
+def test_adam_and_rmsprop_are_torchs_own(name, alone):
+    config = train.resolve(train.Config(preset="smoke", optimizer=name, device="cpu"))
     ours, theirs = (train.build_model(config, (12, 12)) for _ in range(2))
-    optimizer, adam = (
-        train.build_optimizer(ours, config),
-        torch.optim.Adam(theirs.parameters(), 1e-3, eps=1e-8, fused=True),
-    )
+    optimizer, expected = train.build_optimizer(ours, config), alone(theirs.parameters())
     for seed in range(2):
         torch.manual_seed(seed)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -505,7 +510,7 @@ def test_adam_alone_is_torch_adam():
             q.grad = p.grad.clone()
         optimizer.set_rate(1e-3)
         optimizer.step()
-        adam.step()
+        expected.step()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, q)
 
