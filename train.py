@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -46,6 +46,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes out of one folder
+    fcntl = None
 
 import iio_kernels
 from data import DATASETS, DataError, ResidentScenes, Scenes, load, scores
@@ -84,9 +89,10 @@ class Config:
     """What follows the pre-training on the reconstruction error: nothing, or the IIO loss plus --hinge-scale times the
     reconstruction error while that is over --margin."""
     preset: Literal["auto", "paper", "quick", "smoke"] = "auto"
-    """paper: the published model and schedule (60,000 scenes, 50 + 5 epochs). quick: 3x3 convolutions, small batches
-    and Muon, at most 20 minutes on two CPU cores with bfloat16 products. smoke: every phase within a minute, to test
-    the program; it learns nothing. auto: paper on a GPU, quick on a CPU."""
+    """paper: the published model and schedule (of Slot Attention on Tetrominoes 60,000 scenes, 50 + 5 epochs). quick: a
+    smaller one in small batches, most with Muon, at most 20 minutes on two CPU cores with bfloat16 products. smoke:
+    every phase within a minute, to test the program; it learns nothing. auto: paper on a GPU, quick on a CPU. PRESETS
+    in train.py has each."""
 
     epochs: float | None = None
     """Passes over the training scenes in pre-training."""
@@ -255,8 +261,8 @@ PRESETS["set-prediction by dspn"] = {
     ),
     "quick": dict(
         steps=5000, num_scenes=10_000, eval_scenes=320,
-        channels=16, slot_size=64, iterations=10, batch_size=32,
-        optimizer="adam", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0,
+        channels=16, slot_size=128, iterations=5, batch_size=16,
+        optimizer="muon", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0,
     ),
     "smoke": without(PRESETS["set-prediction"]["smoke"], "kernel_size", "input_size", "downsample")
     | dict(slot_size=16, iterations=2),
@@ -559,31 +565,52 @@ def to_json(config: Config) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
 
 
-def open_run(config: Config) -> Path:
-    """Make the run's folder. Results that are there are never overwritten."""
-    folder = config.out
-    if folder is None:
-        model = "" if config.model == "slot-attention" else f"{config.model}-"
-        task = "" if config.task == "discovery" else f"{config.task}-"
-        ablation = "" if config.ablation == "none" else f"{config.ablation}-"
-        name = f"{model}{task}{ablation}{config.dataset}-{config.preset}{'-iio' if config.fine_tune == 'iio' else ''}"
-        name += f"-seed{config.seed}"
-        name += "-table1" if config.table1 else f"-and-{config.seeds - 1}-more" if config.seeds > 1 else ""
-        folder, number = Path("runs", name), 2
-        while (folder / "summary.json").exists():
-            folder, number = Path("runs", f"{name}-{number}"), number + 1
-    begun = (folder / "checkpoint.pt").exists() or (several(config) and (folder / "config.json").exists())
-    if begun and not (folder / "summary.json").exists():
-        raise UsageError(f"{folder} holds an unfinished run: continue it with {resume_command(folder)}, "
-                         f"or choose another --out")  # fmt: skip
-    if (folder / "summary.json").exists():
-        raise UsageError(f"{folder} holds a finished run: choose another --out")
+def claim(folder: Path, claims: ExitStack) -> bool:
+    """Make a run's folder and keep other processes out of it until `claims` ends; False where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return True
+    handle = os.open(folder, os.O_RDONLY)
+    claims.callback(os.close, handle)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # the file system knows no locks
+    return True
+
+
+def open_run(config: Config, claims: ExitStack) -> Path:
+    """Make the run's folder, and claim it. Results that are there are never overwritten."""
+    folder = config.out
+    try:
+        if folder is not None:
+            if not claim(folder, claims):
+                raise UsageError(f"--out: another process trains in {folder}: choose another one")
+        else:
+            name = default_name(config)
+            folder, number = Path("runs", name), 2
+            while (folder / "summary.json").exists() or not claim(folder, claims):
+                folder, number = Path("runs", f"{name}-{number}"), number + 1
+        if (folder / "summary.json").exists():
+            raise UsageError(f"{folder} holds a finished run: choose another --out")
+        if (folder / "checkpoint.pt").exists() or (several(config) and (folder / "config.json").exists()):
+            raise UsageError(f"{folder} holds an unfinished run: continue it with {resume_command(folder)}, "
+                             f"or choose another --out")  # fmt: skip
         write(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--out: cannot write to {folder}: {error.strerror}") from None
     return folder
+
+
+def default_name(config: Config) -> str:
+    model = "" if config.model == "slot-attention" else f"{config.model}-"
+    task = "" if config.task == "discovery" else f"{config.task}-"
+    ablation = "" if config.ablation == "none" else f"{config.ablation}-"
+    name = f"{model}{task}{ablation}{config.dataset}-{config.preset}{'-iio' if config.fine_tune == 'iio' else ''}"
+    name += f"-seed{config.seed}"
+    return name + ("-table1" if config.table1 else f"-and-{config.seeds - 1}-more" if config.seeds > 1 else "")
 
 
 def reopen_run(given: Config) -> tuple[Config, Path]:
@@ -620,6 +647,7 @@ def save_weights(path: Path, model: nn.Module, config: Config, results: dict) ->
     """Weights as safetensors, with what is needed to build the model again."""
     about = {"architecture": json.dumps({name: getattr(config, name) for name in ARCHITECTURE})}
     about |= {"scores": json.dumps(results), "num_scenes": str(config.num_scenes), "dataset": config.dataset}
+    about |= {"data": "" if config.data is None else config.data.name}
     write(path, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, about))
 
 
@@ -630,7 +658,7 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
             about = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        shape, seen = json.loads(about["architecture"]), int(about.get("num_scenes", 0))
+        shape = json.loads(about["architecture"])
         dataset = about.get("dataset", config.dataset)
         shape = {"task": "discovery", "model": "slot-attention", "ablation": "none", "pixel_sigma": None,
                  "slot_size": 64, "downsample": None} | shape  # fmt: skip
@@ -642,10 +670,20 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
         raise UsageError(f"{path} holds no weights of a run ({error})") from None
     if dataset in DATASETS and DATASETS[dataset].size != DATASETS[config.dataset].size:
         raise UsageError(f"--dataset {config.dataset}: {path.name} was trained on {dataset}; add --dataset {dataset}")
-    if config.data is None and config.num_scenes is not None and config.num_scenes < seen:
+    seen = scenes_seen(about, config)
+    if config.num_scenes is None and config.eval_only is not None and seen:
+        config = dataclasses.replace(config, num_scenes=seen)
+    if config.num_scenes is not None and config.num_scenes < seen:
         raise UsageError(f"--num-scenes {config.num_scenes}: {path.name} was trained on the first {seen:,} scenes, so "
                          f"those that follow are not unseen; expected at least {seen}")  # fmt: skip
     return config, tensors
+
+
+def scenes_seen(about: dict[str, str], config: Config) -> int:
+    """How many of the scenes asked for, the first, weights were trained on, by what they carry: 0 if on others."""
+    source = config.dataset, "" if config.data is None else config.data.name
+    trained_on = about.get("dataset", config.dataset), about.get("data", "")
+    return int(about.get("num_scenes", 0)) if trained_on == source else 0
 
 
 def pretrained(config: Config) -> list[Path]:
@@ -1459,14 +1497,16 @@ def members(config: Config, folder: Path) -> dict[str, Config]:
     return runs
 
 
-def run_several(config: Config, folder: Path, source: Scenes, signalled: Callable[[], int | None]) -> None:
+def run_several(
+    config: Config, folder: Path, claims: ExitStack, source: Scenes, signalled: Callable[[], int | None]
+) -> None:
     """Run all members one after the other, each in its folder; leave mean and standard deviation of their scores."""
     summaries, runs = {}, members(config, folder)
     for name, member in runs.items():
         within = folder / name
         if not any_rank((within / "summary.json").exists()):
             if rank() == 0 and not (within / "config.json").exists():
-                open_run(dataclasses.replace(member, out=within))
+                open_run(dataclasses.replace(member, out=within), claims)
             say(f"\n{name}:")
             Run(member, within, source, signalled).train()
             stop_if_asked(signalled)
@@ -1524,7 +1564,8 @@ def markdown(rows: dict[str, dict]) -> str:
 
 
 def score_only(config: Config) -> None:
-    """Score given weights on the scoring scenes, or on all scenes of a file too short to have any.
+    """Score given weights on the scoring scenes, or, of a file they were not trained on and that is too short to have
+    any, on its first.
 
     With --out the scores are left there, too, as scores.json.
     """
@@ -1532,7 +1573,15 @@ def score_only(config: Config) -> None:
     for path in pretrained(config) if str(config.eval_only) == "pretrained" else [config.eval_only]:
         config, tensors = load_weights(path, config)
         source = open_scenes(config)
-        first = config.num_scenes if len(source) >= config.num_scenes + config.eval_scenes else 0
+        first = config.num_scenes
+        if len(source) < first + config.eval_scenes:
+            with safe_open(path, "pt") as file:
+                if scenes_seen(file.metadata(), config):
+                    raise UsageError(
+                        f"--eval-scenes {config.eval_scenes}: {config.data} holds {len(source):,} scenes, and "
+                        f"{path.name} was trained on the first {first:,}; expected at most {len(source) - first}"
+                    )
+            first = 0
         indices = torch.arange(first, min(first + config.eval_scenes, len(source)))
         model = build_model(config, source.size)
         restore(model, tensors, path)
@@ -1543,8 +1592,8 @@ def score_only(config: Config) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         kept = {"rows": results, "config": to_json(config), "versions": versions()}
         write(config.out / "scores.json", json.dumps(kept, indent=2) + "\n")
-    say(f"Scores on {len(indices):,} scenes, mean ± std over {config.eval_draws} draws of the noise:\n"
-        f"{table(results)}")  # fmt: skip
+    say(f"Scores on {len(indices):,} scenes from number {first:,} on, mean ± std over {config.eval_draws} draws of the "
+        f"noise:\n{table(results)}")  # fmt: skip
 
 
 def leave(words: str, exit_code: int) -> None:
@@ -1569,14 +1618,17 @@ def main() -> None:
         # All that can be refused is refused before a new run's folder is made.
         if config.from_ is not None:
             load_weights(config.from_, config)
-        source = open_scenes(config)
-        if folder is None:
-            folder = same_on_all_ranks(open_run(config) if rank() == 0 else None)
-        with deferred_signals() as signalled:
-            if several(config):
-                run_several(config, folder, source, signalled)
-            else:
-                Run(config, folder, source, signalled).train()
+        with ExitStack() as claims:
+            if folder is not None and rank() == 0 and not claim(folder, claims):
+                raise UsageError(f"--resume: another process trains in {folder}")
+            source = open_scenes(config)
+            if folder is None:
+                folder = same_on_all_ranks(open_run(config, claims) if rank() == 0 else None)
+            with deferred_signals() as signalled:
+                if several(config):
+                    run_several(config, folder, claims, source, signalled)
+                else:
+                    Run(config, folder, source, signalled).train()
         if dist.is_initialized():
             dist.destroy_process_group()
     except Interrupted as stop:

@@ -1,5 +1,6 @@
 """`train.py` from the command line: what it leaves, what it refuses, and that no interruption costs anything."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from data import DATASETS
 from models.slot_attention import Scene
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +220,25 @@ def test_a_finished_or_unfinished_run_is_never_overwritten(finished, tmp_path, m
     assert "holds an unfinished run" in capsys.readouterr().err
 
 
+def test_two_processes_never_train_in_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mine, name = tmp_path / "mine", Path("runs", "tetrominoes-smoke-seed0")
+    mine.mkdir()
+    config = train.resolve(train.Config(preset="smoke", device="cpu"))
+    (mine / "config.json").write_text(json.dumps(train.to_json(config)))
+    with contextlib.ExitStack() as claims:
+        assert train.claim(mine, claims)
+        assert train.claim(name, claims)
+        assert call(monkeypatch, *PLAIN, "--out", mine) == 2
+        assert "another process trains in" in capsys.readouterr().err
+        assert call(monkeypatch, "--resume", mine) == 2
+        assert "another process trains in" in capsys.readouterr().err
+        assert call(monkeypatch, *PLAIN, "--steps", "0") == 0
+    assert list(name.iterdir()) == []
+    assert (Path("runs", "tetrominoes-smoke-seed0-2") / "summary.json").exists()
+    assert call(monkeypatch, *PLAIN, "--steps", "0", "--out", mine) == 0, "the claims have ended"
+
+
 def test_a_checkpoint_from_a_stranger_cannot_run_code(finished, tmp_path, monkeypatch, capsys):
     class Attack:
         def __reduce__(self):
@@ -250,7 +272,28 @@ def test_eval_only_scores_as_the_run_did(finished, monkeypatch, capsys):
 def test_eval_only_on_the_published_file(finished, monkeypatch, capsys):
     arguments = ["--eval-only", finished / "after.safetensors", "--data", SAMPLE, "--device", "cpu"]
     assert call(monkeypatch, *arguments) == 0
-    assert "Scores on 6 scenes" in capsys.readouterr().out
+    assert "Scores on 6 scenes from number 0 on" in capsys.readouterr().out
+
+
+def test_eval_only_scores_no_scene_that_was_trained_on(finished, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "--eval-only", finished / "after.safetensors", "--device", "cpu", "--eval-scenes", 6) == 0
+    assert "Scores on 6 scenes from number 40 on" in capsys.readouterr().out
+    image, labels = DATASETS["tetrominoes"].generator(30).batch(torch.arange(30))
+    masks = torch.stack([labels == k for k in range(4)], 1)
+    for name in ("mine", "other"):
+        np.savez(tmp_path / f"{name}.npz", image=image.permute(0, 2, 3, 1).numpy(), mask=masks.numpy())
+    out, sizes = tmp_path / "run", ["--num-scenes", "24", "--eval-scenes", "6"]
+    assert call(monkeypatch, *PLAIN, *sizes, "--steps", "0", "--data", tmp_path / "mine.npz", "--out", out) == 0
+    capsys.readouterr()
+    score = ["--eval-only", out / "before.safetensors", "--device", "cpu", "--data"]
+    assert call(monkeypatch, *score, tmp_path / "mine.npz", "--eval-scenes", 6) == 0
+    assert "Scores on 6 scenes from number 24 on" in capsys.readouterr().out
+    assert call(monkeypatch, *score, tmp_path / "mine.npz", "--eval-scenes", 7) == 2
+    assert "was trained on the first 24; expected at most 6" in capsys.readouterr().err
+    assert call(monkeypatch, *score, tmp_path / "mine.npz", "--num-scenes", 10) == 2
+    assert "expected at least 24" in capsys.readouterr().err
+    assert call(monkeypatch, *score, tmp_path / "other.npz", "--eval-scenes", 30) == 0
+    assert "Scores on 30 scenes from number 0 on" in capsys.readouterr().out
 
 
 REFUSED = {
