@@ -32,6 +32,7 @@ except ImportError:  # Windows: conversions start from the beginning
 __all__ = ["GrowingArrays", "build", "folders", "open_arrays", "stamp"]
 
 CHECKED = 1 << 24  # bytes read at a time for a checksum
+TRIES = 100  # to lock a folder that others remove meanwhile
 
 
 def folders(path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
@@ -97,6 +98,9 @@ def build(path: Path, wanted: dict, caches: list[Path], convert: Callable[[Path]
             raise
         finally:
             if not keep:
+                # The lock goes last: who makes a new one meets nothing that is still being removed.
+                for left in [path for path in work.glob("*") if path.name != "lock"]:
+                    shutil.rmtree(left, ignore_errors=True)
                 shutil.rmtree(work, ignore_errors=True)
     return cache
 
@@ -172,9 +176,10 @@ class GrowingArrays:
 def _about(folder: Path) -> dict | None:
     """What source.json of a folder says; None where there is none."""
     try:
-        return json.loads((folder / "source.json").read_text())
+        about = json.loads((folder / "source.json").read_text())
     except (OSError, ValueError):
         return None
+    return about if isinstance(about, dict) else None
 
 
 def _checksum(file: Path, offset: int) -> int:
@@ -207,23 +212,26 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
     if fcntl is None:
         return False
     waits = False
-    while True:
+    for _ in range(TRIES):
         folder.mkdir(exist_ok=True)
-        try:
-            file = stack.enter_context((folder / "lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
-                return True
-        except BlockingIOError:
-            waits = True
-            print(f"{folder}: another process converts these scenes; waiting for it", file=sys.stderr, flush=True)
-        except FileNotFoundError:
-            pass  # the other process is done, and has removed it
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)  # the file system knows no locks
-            return False
+        with contextlib.ExitStack() as attempt:
+            try:
+                file = attempt.enter_context((folder / "lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    stack.push(attempt.pop_all())
+                    return True
+            except BlockingIOError:
+                waits = True
+                print(f"{folder}: another process converts these scenes; waiting for it", file=sys.stderr, flush=True)
+            except FileNotFoundError:
+                pass  # the other process is done, and has removed it
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)  # the file system knows no locks
+                return False
+    return False
 
 
 def _install(new: Path, cache: Path, wanted: dict) -> None:

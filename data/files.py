@@ -354,9 +354,11 @@ def _npz_blocks(file: BinaryIO, form: Format, skip: int) -> Iterator[dict[str, n
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise DataError(f"the .npz file is damaged ({error})") from None
     mask = arrays["mask"]
-    if mask.ndim == 5 and mask.shape[-1] == 1:
+    if np.ndim(mask) == 5 and mask.shape[-1] == 1:
         mask = arrays["mask"] = mask.squeeze(-1)
     for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{name}: expected an array, got a member of the archive that is none")
         entities = (form.mask[form.entity_axis],)
         shape = {"image": form.image, "mask": form.mask[:-1]}.get(name, entities)
         if array.shape[1:] != shape or array.ndim != 1 + len(shape):

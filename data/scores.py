@@ -162,7 +162,7 @@ def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int
 
 def _number(argument: str, number: int | None, labels: Tensor) -> int:
     if number is None:
-        return int(labels.amax()) + 1 if labels.numel() else 1
+        return max(1, int(labels.amax()) + 1) if labels.numel() else 1
     if number < 1:
         raise ValueError(f"{argument}: expected 1 or more, got {number}")
     return number

@@ -1,5 +1,6 @@
 """Files are read exactly, converted once, and every failure says what is wrong and leaves nothing behind."""
 
+import contextlib
 import errno
 import gzip
 import os
@@ -437,6 +438,32 @@ def test_waiting_for_a_process_that_is_killed(path):
     first.communicate()
     assert second.communicate()[0].split() == ["88", "600"]
     assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_lock_that_is_never_the_folders_own(tmp_path, monkeypatch):
+    """As on file systems that number their files anew: no lock, and no waiting for oneself."""
+    monkeypatch.setattr(cache.os.path, "samestat", lambda *_: False)
+    with contextlib.ExitStack() as stack:
+        assert not cache._lock(tmp_path / "part", stack)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    write(path)
+    assert same(load(path, progress=False), 6)
+    assert len(list(path.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("about", ["[]", "1", "null", "{"])
+def test_a_cache_that_says_nothing_is_made_anew(path, about):
+    write(path)
+    load(path, progress=False)
+    (path.parent / f"{path.name}.cache" / "source.json").write_text(about)
+    assert same(load(path, progress=False), 6)
 
 
 def test_killed_during_the_conversion(path, monkeypatch):

@@ -174,6 +174,7 @@ def test_labels_out_of_range_score_nan(score):
     pred = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 1, 1]])
     close(score(true, pred, num_true=2, num_pred=2), [math.nan, 1, math.nan])
     close(score(pred, true, num_true=2, num_pred=2), [math.nan, 1, math.nan])
+    close(score(-torch.ones(1, 3, dtype=torch.long), pred[:1]), [math.nan])
 
 
 @pytest.mark.parametrize("score", SEGMENTATION_SCORES)
