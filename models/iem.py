@@ -7,7 +7,7 @@ Savarese et al. 2021, "Information-Theoretic Segmentation by Inpainting Error Ma
 regions by the loss of the Interaction Information Optimization paper. Masks m_1 .. m_K, one of them 1 at each pixel and
 the others 0, are to maximise
 
-    sum_k mean_S ||m_k * (X - psi_S)||_1 / ||m_k||_1  -  diversity * sum_k ||m_k * (X - mu_k)||_2^2
+    sum_k mean_S ||m_k * (X - psi_S)||_1 / ||m_k||_1  -  diversity * sum_k sum m_k * (X - mu_k)^2
 
 where S runs over the nonempty sets of other masks, psi_S is the image inpainted from the pixels under them and mu_k the
 mean colour under m_k. For K = 2 that is the paper's objective: foreground and background, each predicted from the
@@ -119,7 +119,7 @@ def gradient(images: Tensor, masks: Tensor, diversity: float, **inpainter: Any) 
         leaf = masks.detach().requires_grad_()
         loss = iio_loss(images, leaf, terms="mean", reduction="sum", **inpainter)
         (of_errors,) = torch.autograd.grad(-loss, leaf)
-    # The deviation's, sum_k ||m_k * (X - mu_k)||^2, passes by the mean, which is where the deviation is least.
+    # The deviation's, sum m_k * (X - mu_k)^2, passes by the mean, which is where the deviation is least.
     means = divide(masks.flatten(2) @ images.flatten(2).mT, masks.sum((2, 3)).unsqueeze(2))
     deviations = [(images - mean[..., None, None]).square().sum(1) for mean in means.unbind(1)]
     return of_errors - diversity * torch.stack(deviations, 1)
@@ -202,7 +202,7 @@ class Arguments:
     """
 
     photo: Annotated[Path, tyro.conf.Positional]
-    """Any image that Pillow reads."""
+    """Any image that Pillow reads. Of one with more than 8 bits a pixel, darkest to brightest is taken as 0 to 255."""
     segments: int | None = None
     """K, the number of regions, 2 to 16; without it figure and ground, as published."""
     out: Path = Path()
@@ -219,7 +219,14 @@ def run(arguments: Arguments) -> None:
     """Segment a photograph and write what came out."""
     _checks.integer("size", arguments.size, at_least=11)  # the inpainter's taps
     with Image.open(arguments.photo) as file:
-        photo = ImageOps.exif_transpose(file).convert("RGB")
+        photo = ImageOps.exif_transpose(file)
+    if photo.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which Pillow would cut off at 255
+        values = np.asarray(photo, np.float64)
+        low, high = values.min(), values.max()
+        if not np.isfinite(high - low):
+            raise ValueError(f"photo: expected finite pixels, got {low} to {high}")
+        photo = Image.fromarray(((values - low) * (255 / ((high - low) or 1))).round().astype(np.uint8))
+    photo = photo.convert("RGB")
     small = ImageOps.fit(photo, (arguments.size, arguments.size), Image.Resampling.NEAREST)
     images = torch.from_numpy(np.array(small)).permute(2, 0, 1).unsqueeze(0) / 255
     if arguments.segments is None:

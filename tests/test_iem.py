@@ -166,6 +166,20 @@ def test_the_command_writes_labels_and_overlay(segments, tmp_path, capsys):
         assert set(np.unique(labels)) == set(range(segments or 2))
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_photographs_of_more_than_8_bits_are_segmented_as_those_of_8(kind, tmp_path):
+    """Darkest to brightest is taken as 0 to 255."""
+    gray = textured(disc(0.5, 0.4, 0.3, 48).long(), 0.1)[0].mean(0).mul(255).round()
+    gray = ((gray - gray.min()) * (255 / (gray.max() - gray.min()))).round().numpy()
+    options = ["--size", "48", "--steps", "20", "--out", str(tmp_path)]
+    Image.fromarray(gray.astype(np.uint8)).save(tmp_path / "plain.png")
+    Image.fromarray((gray * 100 + 3).astype(kind)).save(tmp_path / "deep.tiff")
+    for name in ("plain.png", "deep.tiff"):
+        iem.main([str(tmp_path / name), *options])
+    assert (tmp_path / "deep-labels.png").read_bytes() == (tmp_path / "plain-labels.png").read_bytes()
+    assert (tmp_path / "deep-overlay.png").read_bytes() == (tmp_path / "plain-overlay.png").read_bytes()
+
+
 @pytest.mark.parametrize("what", ["nothing there", "no image"])
 def test_the_command_says_what_it_cannot_read(what, tmp_path, capsys):
     photo = tmp_path / "photo.jpg"
