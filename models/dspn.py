@@ -110,6 +110,10 @@ class DSPN(nn.Module):
     noise_shape = (0,)
     """The prediction is no draw: there is nothing for noise to decide."""
 
+    adam_only = ("start", "set_encoder.")
+    """What Muon should leave to Adam: the start is no map, and a descent takes steps as large as the set encoder's
+    weights, which Muon makes large at once."""
+
     def __init__(
         self,
         resolution: tuple[int, int] = (128, 128),
@@ -148,6 +152,8 @@ class DSPN(nn.Module):
             predicted = torch.stack(steps) if stepwise else steps[-1]
             if objects is None:
                 return predicted
+            # g knows how many rows there are, so the true set gets as many as Y. Rows of zeros come last.
+            objects = F.pad(objects, (0, 0, 0, len(self.start) - objects.shape[-2]))
             return predicted, representation_loss(self.set_encoder(objects), z).mean()
 
     def descend(self, z: Tensor) -> list[Tensor]:

@@ -73,6 +73,8 @@ def semi_orthogonal(X: Tensor) -> Tensor:
 class Optimizer:
     """Adam or RMSProp, or Muon for the hidden matrices and Adam for the rest, at one learning rate.
 
+    Muon leaves to Adam what a model names in `adam_only`, by the beginnings of its parameters' names.
+
     Args:
         model: whose parameters are trained.
         kind: "adam"; "rmsprop", with the decay of TensorFlow, 0.9, and the root of its epsilon, 1e-5; or "muon".
@@ -80,7 +82,12 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, kind: Literal["adam", "rmsprop", "muon"], capturable: bool = False) -> None:
-        matrices = [p for p in model.parameters() if kind == "muon" and is_hidden_matrix(p)]
+        adam_only = getattr(model, "adam_only", ())
+        matrices = [
+            p
+            for name, p in model.named_parameters()
+            if kind == "muon" and is_hidden_matrix(p) and not name.startswith(adam_only)
+        ]
         rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
         rate = torch.zeros((), device=rest[0].device) if capturable else 0.0
         self.parts: dict[str, torch.optim.Optimizer] = {}

@@ -184,6 +184,15 @@ def test_what_training_minimises_reaches_every_parameter():
     assert all(math.isfinite(p.grad.abs().max()) for p in model.parameters())
 
 
+def test_the_true_set_has_as_many_rows_as_the_predicted():
+    """The set encoder tells sets by their number of rows, too."""
+    model, image = small().eval(), torch.rand(2, 3, 16, 16)
+    objects = torch.cat([torch.rand(2, 3, 19), torch.zeros(2, 3, 19)], 1)
+    expected = representation_loss(model.set_encoder(objects[:, :4]), model.image_encoder(image)).mean()
+    for rows in (3, 4, 6):
+        torch.testing.assert_close(model(image, objects=objects[:, :rows])[1], expected)
+
+
 def test_four_sets_are_learnt_by_heart():
     """From a vector for each, by the descent alone."""
     model = small(latent_size=16, iterations=5)
