@@ -333,6 +333,9 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, from_=pretrained(config)[0])
     if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps):
         raise UsageError("--table1 takes --fine-tune iio, pre-trains from scratch and chooses its own --score-steps")
+    given = [f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default]
+    if config.eval_only is not None and (trains := [n for n in given if n not in (*SCORING, *ARCHITECTURE)]):
+        raise UsageError(f"--eval-only trains nothing: leave out {option(trains[0])}")
     weights = config.from_ or config.eval_only
     asked = [n for n in ARCHITECTURE if getattr(config, n) != getattr(Config, n)]
     if weights is not None:
@@ -342,8 +345,8 @@ def resolve(config: Config) -> Config:
         if str(config.eval_only) == "pretrained":
             weights = pretrained(config)[0]
         config, _ = load_weights(weights, config)
-        if config.model == "slot-mlp" and "num_slots" in asked:
-            raise UsageError("--num-slots: slot-mlp has as many slots as it was trained with; leave it out")
+        if config.model in ("slot-mlp", "dspn") and "num_slots" in asked:
+            raise UsageError(f"--num-slots: {config.model} has as many slots as it was trained with; leave it out")
     refuse_impossible(config)
     dataset, recipe = DATASETS[config.dataset], recipe_of(config)
     defaults = PRESETS[recipe][preset] | ADJUSTED.get((recipe, preset, dataset.size[0]), {})
@@ -401,8 +404,9 @@ def resolve(config: Config) -> Config:
         raise UsageError(f"--score-steps: expected steps in 1..{last}, got {' '.join(map(str, config.score_steps))}")
     if config.table1 and not last:
         raise UsageError("--table1 pre-trains from scratch: --steps and --epochs must be more than 0")
-    if config.eval_only is not None and several(config):
-        raise UsageError("--eval-only trains nothing: leave out --seeds and --table1")
+    if config.task == "set-prediction" and config.num_slots < (most := dataset.num_entities - 1):
+        say(f"K {config.num_slots} is fewer than the {most} objects that a scene can have: those left over cost "
+            f"nothing, so losses compare at equal K alone")  # fmt: skip
     return config
 
 
@@ -619,6 +623,8 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
     others = [f.name for f in dataclasses.fields(Config) if getattr(given, f.name) != f.default and f.name != "resume"]
     if others:
         raise UsageError(f"--resume continues a run with its own options: leave out {', '.join(map(option, others))}")
+    if folder.is_file():
+        raise UsageError(f"--resume: {folder} is a file: give the run's folder, {folder.parent}")
     if (folder / "summary.json").exists():
         raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
     try:
@@ -642,6 +648,10 @@ SIZES = ("channels", "kernel_size", "input_size", "downsample", "slot_size", "nu
 CHOICES = ("task", "model", "ablation")
 ARCHITECTURE = (*CHOICES, "pixel_sigma", *SIZES)
 
+#: What else bears on the scores of given weights.
+SCORING = ("eval_only", "dataset", "data", "preset", "num_scenes", "eval_scenes", "eval_draws", "coordinate_scale",
+           "seed", "device", "precision", "out")  # fmt: skip
+
 
 def save_weights(path: Path, model: nn.Module, config: Config, results: dict) -> None:
     """Weights as safetensors, with what is needed to build the model again."""
@@ -653,6 +663,8 @@ def save_weights(path: Path, model: nn.Module, config: Config, results: dict) ->
 
 def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:
     """Weights, and the configuration with their architecture in it. To score them, K and T may be other ones."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the weights in it, such as {path / 'before.safetensors'}")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -669,7 +681,8 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path} holds no weights of a run ({error})") from None
     if dataset in DATASETS and DATASETS[dataset].size != DATASETS[config.dataset].size:
-        raise UsageError(f"--dataset {config.dataset}: {path.name} was trained on {dataset}; add --dataset {dataset}")
+        raise UsageError(f"--dataset {config.dataset}: {path.name} was trained on {dataset}, whose images have another "
+                         f"size; add --dataset {dataset}")  # fmt: skip
     seen = scenes_seen(about, config)
     if config.num_scenes is None and config.eval_only is not None and seen:
         config = dataclasses.replace(config, num_scenes=seen)
@@ -1634,6 +1647,9 @@ def main() -> None:
     except Interrupted as stop:
         say(f"\nInterrupted; all is saved. To continue: {resume_command(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        saved = folder is not None and (folder / "checkpoint.pt").exists()
+        leave(f"\ntrain.py: interrupted{f'; to continue: {resume_command(folder)}' if saved else ''}", 130)
     except Diverged as error:
         leave(f"train.py: {error}", 1)
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.runs import compare
+from bench.runs import compare, usage
 from models.slot_attention import ABLATIONS
 
 QUICK = ["--preset", "quick", "--eval-draws", "2", "--eval-every", "100000"]
@@ -33,5 +33,5 @@ VARIANTS: dict[str, dict[str, float | str]] = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+        usage(__doc__)
     compare(Path(sys.argv[1]).resolve(), "ablations", VARIANTS, [*QUICK, *sys.argv[2:]], "before")

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import train
+from bench.runs import usage
 from data import TetrominoesGenerator
 from models import iem
 
@@ -104,7 +105,7 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+        usage(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     main(folder)

@@ -11,6 +11,12 @@ from typing import Any
 import train
 
 
+def usage(words: str) -> None:
+    """Print what a benchmark is called with, and end."""
+    print(words)
+    sys.exit(0 if {"-h", "--help"} & set(sys.argv[1:]) else 2)
+
+
 def folder_of(out: Path, name: str) -> Path:
     return out / name.lower().replace(",", "").replace(" ", "-")
 

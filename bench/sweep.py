@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.runs import compare
+from bench.runs import compare, usage
 
 SHORT = ["--preset", "quick", "--from-pretrained", "--fine-tune", "iio", "--fine-tune-steps", "1500"]
 SHORT += ["--half-life", "750", "--eval-draws", "2", "--eval-every", "100000"]
@@ -35,5 +35,5 @@ VARIANTS: dict[str, dict[str, float | str]] = {
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+        usage(__doc__)
     compare(Path(sys.argv[1]).resolve(), "sweep", VARIANTS, [*SHORT, *sys.argv[2:]], "after")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from bench.runs import folder_of, summary_of, train_once
+from bench.runs import folder_of, summary_of, train_once, usage
 
 SETS = "--task set-prediction --dataset clevr-like"
 
@@ -88,7 +88,7 @@ def markdown(rows: dict[str, dict]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+        usage(__doc__)
     if unknown := [name for name in sys.argv[2:] if name not in SYSTEMS]:
         sys.exit(f"bench.systems: expected names of {'; '.join(SYSTEMS)}, got {unknown[0]}")
     main(Path(sys.argv[1]).resolve(), *sys.argv[2:])

@@ -60,11 +60,14 @@ def main(
     """
     if scenes < 1 or columns < 1:
         raise ValueError(f"scenes and columns: expected at least 1, got {scenes} and {columns}")
+    if file is None and dataset in DATASETS and DATASETS[dataset].generator is None:
+        raise ValueError(f"{dataset} cannot be generated: give a file of it as --file")
     if file is None:
         source = generator(dataset, scenes, seed)
     else:
         source = load(file, dataset=dataset)
     drawn = sheet(source, torch.arange(min(scenes, len(source))), columns)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     partial = picture.with_name(f".{picture.name}.part")
     matplotlib.image.imsave(partial, drawn, format="png")
     partial.replace(picture)
@@ -77,4 +80,7 @@ if __name__ == "__main__":
             main, prog="python -m data", description=f"{__doc__.splitlines()[0]}\n\nData sets: {', '.join(DATASETS)}."
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
+        print(f"python -m data: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -515,10 +515,9 @@ def convert_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
         values["sigma"] = values.pop("log_sigma").exp()
     missing, left = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
     if missing or left:
-        raise ValueError(
-            f"weights: expected what like has, got nothing for {', '.join(wanted[role] for role in missing) or 'none'}"
-            f", and beyond it {', '.join(given.get(role, role) for role in left) or 'nothing'}"
-        )
+        parts = [f"nothing for {', '.join(wanted[role] for role in missing)}"] if missing else []
+        parts += [f"{', '.join(given.get(role, role) for role in left)} beyond it"] if left else []
+        raise ValueError(f"weights: expected what like has, got {' and '.join(parts)}")
     for role, name in wanted.items():
         x, shape = values[role], like[name].shape
         # Initial slots may have leading dimensions of 1; everything else has its shape.

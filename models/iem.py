@@ -218,6 +218,8 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Segment a photograph and write what came out."""
     _checks.integer("size", arguments.size, at_least=11)  # the inpainter's taps
+    if arguments.segments is not None and not 2 <= arguments.segments <= len(COLORS):
+        raise ValueError(f"--segments: expected 2 to {len(COLORS)}, got {arguments.segments}")
     with Image.open(arguments.photo) as file:
         photo = ImageOps.exif_transpose(file)
     if photo.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which Pillow would cut off at 255
@@ -256,6 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
         print(f"models.iem: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 #: A colour for each of 16 labels: ground dark, figure bright, the others apart from both.

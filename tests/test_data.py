@@ -39,5 +39,9 @@ def test_contact_sheet(tmp_path):
     image, _ = generator("tetrominoes", 3).batch(torch.arange(3))
     assert (picture[288:428:4, :140:4] == image[2].permute(1, 2, 0).numpy()).all()
     assert (picture[:140, 144:284:4][::4] == image[1].permute(1, 2, 0).numpy()).all()
+    main("shapes", tmp_path / "new" / "sheet.png", scenes=1)
+    assert (tmp_path / "new" / "sheet.png").exists()
     with pytest.raises(ValueError, match="scenes and columns: expected at least 1, got 0 and 8"):
         main("tetrominoes", tmp_path / "sheet.png", scenes=0)
+    with pytest.raises(ValueError, match="objects-room cannot be generated: give a file of it as --file"):
+        main("objects-room", tmp_path / "sheet.png")

@@ -198,3 +198,10 @@ def test_the_command_refuses_sizes_below_the_inpainter(tmp_path, capsys):
     with pytest.raises(SystemExit):
         iem.main([str(tmp_path / "photo.jpg"), "--size", "0"])
     assert "size: expected an int >= 11, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("segments", ["1", "17"])
+def test_the_command_refuses_other_numbers_of_segments(segments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        iem.main([str(tmp_path / "photo.jpg"), "--segments", segments])
+    assert f"--segments: expected 2 to 16, got {segments}" in capsys.readouterr().err

@@ -26,6 +26,7 @@ SAMPLE = ROOT.parent / "shared" / "data" / "tetrominoes_sample.tfrecords"
 PLAIN = ["--preset", "smoke", "--device", "cpu", "--steps", "8", "--num-scenes", "40", "--eval-scenes", "6"]
 PLAIN += ["--eval-draws", "2", "--log-every", "2", "--eval-every", "5"]
 TINY = [*PLAIN, "--fine-tune", "iio", "--fine-tune-steps", "5"]
+SCORE = ["--device", "cpu", "--eval-scenes", "6", "--eval-draws", "2", "--eval-only"]
 
 
 def call(monkeypatch, *arguments):
@@ -45,6 +46,10 @@ def start(*arguments):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
 
 
 def wait_for(condition, process, seconds=120):
@@ -195,10 +200,10 @@ def test_a_kill_between_a_phases_weights_and_its_checkpoint_logs_its_scores_once
 
     def killed(*arguments):
         save_weights(*arguments)
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(train, "save_weights", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         call(monkeypatch, *TINY, "--out", out)
     monkeypatch.setattr(train, "save_weights", save_weights)
     assert call(monkeypatch, "--resume", out) == 0
@@ -263,7 +268,7 @@ def test_from_starts_with_given_weights_and_their_architecture(finished, tmp_pat
 
 
 def test_eval_only_scores_as_the_run_did(finished, monkeypatch, capsys):
-    assert call(monkeypatch, *TINY, "--eval-only", finished / "after.safetensors") == 0
+    assert call(monkeypatch, *SCORE, finished / "after.safetensors") == 0
     scored = json.loads((finished / "summary.json").read_text())["after"]
     assert f"{100 * scored['ari']:.2f} ± {100 * scored['ari_std']:.2f}" in capsys.readouterr().out
 
@@ -276,7 +281,7 @@ def test_eval_only_on_the_published_file(finished, monkeypatch, capsys):
 
 
 def test_eval_only_scores_no_scene_that_was_trained_on(finished, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "--eval-only", finished / "after.safetensors", "--device", "cpu", "--eval-scenes", 6) == 0
+    assert call(monkeypatch, *SCORE, finished / "after.safetensors") == 0
     assert "Scores on 6 scenes from number 40 on" in capsys.readouterr().out
     image, labels = DATASETS["tetrominoes"].generator(30).batch(torch.arange(30))
     masks = torch.stack([labels == k for k in range(4)], 1)
@@ -324,6 +329,9 @@ REFUSED = {
     "two kinds of weights": (["--from", "x.safetensors", "--from-pretrained"], "exclude each other"),
     "a score past the end": (["--steps", "5", "--score-steps", "6"], "--score-steps: expected steps in 1..5, got 6"),
     "scores of several trainings": (["--eval-only", "pretrained", "--seeds", "2"], "leave out --seeds"),
+    "scores of a training": (["--eval-only", "pretrained", "--steps", "2"], "trains nothing: leave out --steps"),
+    "a folder for weights": (["--eval-only", "."], "give the weights in it, such as before.safetensors"),
+    "a file for a run": (["--resume", __file__], "is a file: give the run's folder, "),
     "no trainings": (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     "resume with other options": (["--resume", "no-such-run", "--lr", "1"], "leave out --lr"),
     "sets from a model of masks": (
@@ -396,8 +404,8 @@ def test_every_model_trains_and_resumes_exactly(name, tmp_path, monkeypatch, cap
     assert first == second
     assert (whole / train.PICTURES["set-prediction" if "--task" in options else "discovery"]).exists()
     capsys.readouterr()
-    assert call(monkeypatch, *PLAIN, "--dataset", first_dataset(options), "--eval-draws", "1",
-                "--eval-only", whole / "before.safetensors") == 0  # fmt: skip
+    assert call(monkeypatch, *SCORE, whole / "before.safetensors", "--dataset", first_dataset(options),
+                "--eval-draws", "1", "--preset", "smoke") == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert all(f"{100 * value:.2f} ± 0.00" in printed for key, value in first.items() if key in train.PERCENT)
 
@@ -450,11 +458,33 @@ def test_iterations_of_weights_that_have_none_are_refused(tmp_path):
         train.resolve(train.dataclasses.replace(scored, iterations=5))
     with pytest.raises(train.UsageError, match="--num-slots: slot-mlp has as many slots as it was trained with"):
         train.resolve(train.dataclasses.replace(scored, num_slots=9))
+    sets = dict(task="set-prediction", dataset="clevr-like", preset="smoke", device="cpu")
+    config = train.resolve(train.Config(model="dspn", **sets))
+    train.save_weights(tmp_path / "x.safetensors", torch.nn.Linear(1, 1), config, {})
+    with pytest.raises(train.UsageError, match="--num-slots: dspn has as many slots as it was trained with"):
+        train.resolve(train.dataclasses.replace(scored, dataset="clevr-like", num_slots=9))
+
+
+def test_fewer_slots_than_objects_are_told(capsys):
+    train.resolve(train.Config(task="set-prediction", dataset="clevr-like", device="cpu", num_slots=10))
+    assert capsys.readouterr().out == ""
+    train.resolve(train.Config(task="set-prediction", dataset="clevr-like", device="cpu", num_slots=9))
+    assert "K 9 is fewer than the 10 objects" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_and_after_a_training_ends_in_a_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_scenes", interrupt)
+    for options in (PLAIN, [*SCORE, "pretrained"]):
+        assert call(monkeypatch, *options) == 130
+        assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
 
 
 def test_weights_say_what_they_were_trained_on(finished):
     weights = finished / "before.safetensors"
-    with pytest.raises(train.UsageError, match="trained on tetrominoes; add --dataset tetrominoes"):
+    with pytest.raises(train.UsageError, match="trained on tetrominoes, whose images have another"):
         train.resolve(train.Config(eval_only=weights, dataset="shapes", preset="smoke", device="cpu"))
 
 
@@ -462,7 +492,7 @@ def test_other_numbers_of_slots_and_iterations_than_in_training(finished, tmp_pa
     scores = []
     for options, name in ([], "K 4, T 3"), (["--num-slots", "6"], "K 6, T 3"), (["--iterations", "1"], "K 4, T 1"):
         weights, out = finished / "before.safetensors", tmp_path / name
-        assert call(monkeypatch, *TINY, *options, "--eval-only", weights, "--out", out) == 0
+        assert call(monkeypatch, *SCORE, weights, *options, "--out", out) == 0
         assert f"before.safetensors, Slot Attention, {name}" in capsys.readouterr().out
         scores.append(json.loads((out / "scores.json").read_text())["rows"].popitem()[1]["ari"])
     assert len(set(scores)) == 3
