@@ -74,7 +74,7 @@ class MixtureChunk : public Chunk<T> {
  public:
   MixtureChunk(const Mixture& call, char* workspace)
       : Chunk<T>(call, workspace), call(call), precision(T(call.precision)), log_peak(T(call.log_peak)) {
-    for (T** room : {&decoded_room, &d_decoded_room}) take(room, K * (C + 1));
+    for (T** room : {&decoded_room, &d_decoded_room, &d_nll_room}) take(room, K * (C + 1));
     for (T** room : {&x_room, &d_x_room}) take(room, C);
     for (T** room : {&log_p_room, &g_room}) take(room, 1);
     for (T** room : {&m_room, &q_room, &leave_one_out_room, &dm_room, &dq_room}) take(room, K);
@@ -121,33 +121,48 @@ class MixtureChunk : public Chunk<T> {
   }
 
   void backward(int64_t task) {
+    if (call.d_nll.data == nullptr) {
+      backward_anew(task);
+    } else {
+      backward_from_results(task);
+    }
+  }
+
+ private:
+  void backward_from_results(int64_t task) {
     open(task);
+    const bool of_q = call.dq.data != nullptr;
     for (; first < last; first += kBlock) {
-      fetch_ahead(call.decoded);
+      for (const Pixels* each : {&call.d_nll, &call.m, &call.q}) fetch_ahead(*each);
+      if (of_q) fetch_ahead(call.decoded);
       if (!call.stream) fetch_ahead(call.d_decoded);
-      const Rows<T> decoded = read_rows(call.decoded, decoded_room), x = read_rows(call.x, x_room);
-      const Rows<T> g = read_rows(call.g, g_room), dm = read_rows(call.dm, dm_room), dq = read_rows(call.dq, dq_room);
+      const Rows<T> d_nll = read_rows(call.d_nll, d_nll_room), g = read_rows(call.g, g_room);
+      const Rows<T> m = read_rows(call.m, m_room), dm = read_rows(call.dm, dm_room);
       const Rows<T> d_decoded = result_rows(call.d_decoded, d_decoded_room), d_x = result_rows(call.d_x, d_x_room);
+      Rows<T> decoded{}, x{}, q{}, dq{};
+      if (of_q) {
+        decoded = read_rows(call.decoded, decoded_room), x = read_rows(call.x, x_room);
+        q = read_rows(call.q, q_room), dq = read_rows(call.dq, dq_room);
+      }
       for (int n = 0; n < kBlock; n += L) {
-        const SlotSums<T> priors(decoded(0, C) + n, decoded.slot, K, e_m + n);
-        likelihoods(decoded, x, priors.most, n);
-        const SlotSums<T> joints(joint + n, kBlock, K, e_r + n), uniform(log_p_k + n, kBlock, K, e_q + n);
         Vec<T> mean_dm{}, mean_dq{};
         for (int64_t k = 0; k < K; ++k) {
-          mean_dm += priors.share(k) * load(dm(k, 0) + n);
-          mean_dq += uniform.share(k) * load(dq(k, 0) + n);
+          mean_dm += load(m(k, 0) + n) * load(dm(k, 0) + n);
+          if (of_q) mean_dq += load(q(k, 0) + n) * load(dq(k, 0) + n);
         }
         const Vec<T> g_n = load(g(0, 0) + n);
         for (int64_t c = 0; c < C; ++c) store(d_x(0, c) + n, Vec<T>{});
         for (int64_t k = 0; k < K; ++k) {
-          const Vec<T> m_k = priors.share(k), r_k = joints.share(k);
-          const Vec<T> d_log_p_k = g_n * r_k + uniform.share(k) * (load(dq(k, 0) + n) - mean_dq);
+          Vec<T> d_square{};
+          if (of_q) d_square = load(q(k, 0) + n) * (load(dq(k, 0) + n) - mean_dq) * precision;
           for (int64_t c = 0; c < C; ++c) {
-            const Vec<T> d_mu = d_log_p_k * precision * (load(x(0, c) + n) - load(decoded(k, c) + n));
+            Vec<T> d_mu = -g_n * load(d_nll(k, c) + n);
+            if (of_q) d_mu += d_square * (load(x(0, c) + n) - load(decoded(k, c) + n));
             store(d_decoded(k, c) + n, d_mu);
             store(d_x(0, c) + n, load(d_x(0, c) + n) - d_mu);
           }
-          store(d_decoded(k, C) + n, g_n * (r_k - m_k) + m_k * (load(dm(k, 0) + n) - mean_dm));
+          const Vec<T> d_m = load(m(k, 0) + n) * (load(dm(k, 0) + n) - mean_dm);
+          store(d_decoded(k, C) + n, d_m - g_n * load(d_nll(k, C) + n));
         }
       }
       write_rows(d_decoded, call.d_decoded);
@@ -155,7 +170,36 @@ class MixtureChunk : public Chunk<T> {
     }
   }
 
- private:
+  // From the gradient to log p alone.
+  void backward_anew(int64_t task) {
+    open(task);
+    for (; first < last; first += kBlock) {
+      fetch_ahead(call.decoded);
+      if (!call.stream) fetch_ahead(call.d_decoded);
+      const Rows<T> decoded = read_rows(call.decoded, decoded_room), x = read_rows(call.x, x_room);
+      const Rows<T> g = read_rows(call.g, g_room);
+      const Rows<T> d_decoded = result_rows(call.d_decoded, d_decoded_room), d_x = result_rows(call.d_x, d_x_room);
+      for (int n = 0; n < kBlock; n += L) {
+        const SlotSums<T> priors(decoded(0, C) + n, decoded.slot, K, e_m + n);
+        likelihoods(decoded, x, priors.most, n);
+        const SlotSums<T> joints(joint + n, kBlock, K, e_r + n);
+        const Vec<T> g_n = load(g(0, 0) + n);
+        for (int64_t c = 0; c < C; ++c) store(d_x(0, c) + n, Vec<T>{});
+        for (int64_t k = 0; k < K; ++k) {
+          const Vec<T> r_k = joints.share(k);
+          for (int64_t c = 0; c < C; ++c) {
+            const Vec<T> d_mu = g_n * r_k * precision * (load(x(0, c) + n) - load(decoded(k, c) + n));
+            store(d_decoded(k, c) + n, d_mu);
+            store(d_x(0, c) + n, load(d_x(0, c) + n) - d_mu);
+          }
+          store(d_decoded(k, C) + n, g_n * (r_k - priors.share(k)));
+        }
+      }
+      write_rows(d_decoded, call.d_decoded);
+      write_rows(d_x, call.d_x);
+    }
+  }
+
   using Chunk<T>::K, Chunk<T>::C, Chunk<T>::L, Chunk<T>::first, Chunk<T>::last;
   using Chunk<T>::take, Chunk<T>::open, Chunk<T>::fetch_ahead;
   using Chunk<T>::read_rows, Chunk<T>::result_rows, Chunk<T>::write_rows;
@@ -177,7 +221,7 @@ class MixtureChunk : public Chunk<T> {
   const Mixture& call;
   const T precision, log_peak;
 
-  T *decoded_room, *d_decoded_room;                             // (K, C + 1, kBlock)
+  T *decoded_room, *d_decoded_room, *d_nll_room;                // (K, C + 1, kBlock)
   T *x_room, *d_x_room;                                         // (C, kBlock)
   T *log_p_room, *g_room;                                       // (kBlock,)
   T *m_room, *q_room, *leave_one_out_room, *dm_room, *dq_room;  // (K, kBlock)

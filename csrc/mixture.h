@@ -15,6 +15,9 @@
 //     d_log_p_k  = g r_k + q_k (dq_k - sum_j q_j dq_j)
 //     d_mu_{k,c} = d_log_p_k (x_c - mu_{k,c}) / sigma^2,     d_x_c = -sum_k d_mu_{k,c}
 //     d_l_k      = g (r_k - m_k) + m_k (dm_k - sum_j m_j dm_j)
+//
+// Where forward returned m, q and the gradients of -log p, backward is given these: the terms of g are -g times those
+// gradients, and no exponential is computed again. Where it returned log p alone there is only g.
 #pragma once
 
 #include "pixels.h"
@@ -34,6 +37,7 @@ struct Mixture : Pictures {
   // For backward alone: gradients that come in, arithmetic, or none; and the result.
   Pixels g;       // (B, 1, 1, N)
   Pixels dm, dq;  // (B, K, 1, N)
+  Pixels d_nll;   // (B, K, C + 1, N) arithmetic: forward's d_decoded, or none; with it its m and q
   Pixels d_x;     // (B, 1, C, N) arithmetic, or none
 
   // Of forward that of -log p, arithmetic, or none; of backward the gradient to decoded, stored as that is.

@@ -31,7 +31,7 @@ class Call : public Mixture, public PictureTensors {
     log_p = g = none(1, 1);
     m = q = leave_one_out = dm = dq = none(K, 1);
     d_x = none(1, C);
-    d_decoded = none(K, C + 1);
+    d_decoded = d_nll = none(K, C + 1);
     kernels = choose_kernels(storage_of(arithmetic));
   }
 
@@ -61,11 +61,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_forward(Tensor image,
 
 std::tuple<Tensor, Tensor> mixture_backward(std::optional<Tensor> d_log_likelihood, std::optional<Tensor> d_masks,
                                             std::optional<Tensor> d_posterior, Tensor image, Tensor decoded,
-                                            double sigma, bool image_gradient) {
+                                            double sigma, bool image_gradient, std::optional<Tensor> masks,
+                                            std::optional<Tensor> posterior, std::optional<Tensor> d_nll) {
   Call call(image, decoded, sigma);
   if (d_log_likelihood) call.g = call.of_pixels(*d_log_likelihood, "d_log_likelihood");
   if (d_masks) call.dm = call.of_slots(*d_masks, "d_masks");
   if (d_posterior) call.dq = call.of_slots(*d_posterior, "d_posterior");
+  STD_TORCH_CHECK(masks.has_value() == d_nll.has_value() && posterior.has_value() == d_nll.has_value(),
+                  "masks, posterior and d_nll: expected all of them or none");
+  STD_TORCH_CHECK(d_nll.has_value() || !(d_masks || d_posterior),
+                  "d_nll: expected a tensor beside d_masks and d_posterior, got none");
+  if (d_nll) {
+    check(*d_nll, "d_nll", {call.B, call.K, call.C + 1, call.H, call.W}, call.arithmetic);
+    call.m = call.of_slots(*masks, "masks");
+    call.q = call.of_slots(*posterior, "posterior");
+    call.d_nll = call.pixels(*d_nll, call.K, call.C + 1);
+  }
   Tensor d_image = call.new_planes(decoded, call.C, image_gradient);
   Tensor d_decoded = call.new_decoded(decoded, call.stored);
   if (image_gradient) call.d_x = call.of_channels(d_image, "d_image");

@@ -178,10 +178,12 @@ def mixture(dtype=F32, B=2, K=3, C=3, H=11, W=13, channels_last=True, everything
 
 def mixture_backward(everything=True, **how) -> dict[str, object]:
     arguments = mixture(**how)
-    g, dm, dq = test_composition.random_like(*ops.mixture_forward(**arguments)[:3])
+    log_likelihood, m, q, _, d_nll = ops.mixture_forward(**arguments)
+    g, dm, dq = test_composition.random_like(log_likelihood, m, q)
     del arguments["everything"]
     others = {"d_masks": dm, "d_posterior": dq} if everything else {"d_masks": None, "d_posterior": None}
-    return {"d_log_likelihood": g, **others, **arguments, "image_gradient": everything}
+    kept = {"masks": m, "posterior": q, "d_nll": d_nll} if everything else {}
+    return {"d_log_likelihood": g, **others, **arguments, "image_gradient": everything, **kept}
 
 
 def broadcast(

@@ -272,13 +272,16 @@ def test_inputs_are_kept_and_never_written_to(backend, device):
     tensors = [x.requires_grad_() for x in Case("kept", H=5, W=7, channels_last=True).make(device=device)[0]]
     before, kept = [x.detach().clone() for x in tensors], []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        outputs = spatial_mixture(*tensors, backend=backend)[:3]
+        mixture = spatial_mixture(*tensors, backend=backend)
+    outputs, d_decoded = mixture[:3], mixture.d_decoded.clone()
     incoming = random_like(*outputs)
     torch.autograd.backward(outputs, incoming)
     for x, y in zip((*tensors, *incoming), (*before, *random_like(*outputs)), strict=True):
         assert torch.equal(x, y)
+    assert torch.equal(mixture.d_decoded, d_decoded)
     if backend in NAMESPACES:
-        assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in tensors}
+        results = [mixture.masks, mixture.posterior, mixture.d_decoded] if backend == "cpu" else []
+        assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (*tensors, *results)}
 
 
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
@@ -308,9 +311,10 @@ def test_opcheck(everything, backend, device):
     operators = getattr(torch.ops, NAMESPACES[backend])
     image, decoded = Case("operator", H=3, W=5, channels_last=everything).make(torch.float32, device)[0]
     torch.library.opcheck(operators.mixture_forward.default, (image, decoded, 0.1, everything))
-    incoming = random_like(*operators.mixture_forward(image, decoded, 0.1, True)[:3])
-    incoming = incoming if everything else (incoming[0], None, None)
-    torch.library.opcheck(operators.mixture_backward.default, (*incoming, image, decoded, 0.1, everything))
+    log_likelihood, m, q, _, d_nll = operators.mixture_forward(image, decoded, 0.1, True)
+    g, dm, dq = random_like(log_likelihood, m, q)
+    incoming, kept = ((g, dm, dq), (m, q, d_nll)) if everything else ((g, None, None), ())
+    torch.library.opcheck(operators.mixture_backward.default, (*incoming, image, decoded, 0.1, everything, *kept))
 
 
 @compiles

@@ -86,8 +86,9 @@ def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backe
     {raises}
 
     Complexity: O(B K C H W). The least traffic is image and decoded read once and all results written once; the
-    backward pass recomputes, reads both once more and writes decoded's gradient, in decoded's layout. Nothing but the
-    inputs is kept for it. The reference backend also stores some tensors of decoded's size and takes O(B K^2 H W).
+    backward pass reads both once more and writes decoded's gradient, in decoded's layout. On a GPU it recomputes, and
+    nothing but the inputs is kept for it; on a CPU masks, posterior and d_decoded are kept and read instead. The
+    reference backend also stores some tensors of decoded's size and takes O(B K^2 H W).
 
     {source}
 
@@ -158,16 +159,19 @@ class MixtureFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
         image, decoded, ctx.sigma, everything, ctx.backend = inputs
+        kept = _backends.implementation("mixture", ctx.backend).KEPT if everything else ()
         if everything:
             ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(image, decoded)
+        ctx.save_for_backward(image, decoded, *(output[i] for i in kept))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         kernels = _backends.implementation("mixture", ctx.backend)
-        d_image, d_decoded = kernels.backward(*incoming[:3], *ctx.saved_tensors, ctx.sigma, ctx.needs_input_grad[0])
+        image, decoded, *kept = ctx.saved_tensors
+        needs_image_gradient = ctx.needs_input_grad[0]
+        d_image, d_decoded = kernels.backward(*incoming[:3], image, decoded, ctx.sigma, needs_image_gradient, *kept)
         return d_image, d_decoded, None, None, None
 
 

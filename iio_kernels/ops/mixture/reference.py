@@ -49,6 +49,10 @@ def forward(
         return log_p, m, q, leave_one_out, torch.cat([d_mu, (m - r).unsqueeze(2)], 2)
 
 
+#: Those of forward's results that backward reads.
+KEPT = ()
+
+
 def backward(
     g: Tensor | None,
     dm: Tensor | None,

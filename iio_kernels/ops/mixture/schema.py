@@ -2,7 +2,8 @@
 
 image (B, C, H, W), decoded (B, K, C + 1, H, W) and incoming gradients, any strides. Incoming gradients and results are
 in the dtype of the arithmetic; but the gradient to decoded is stored as decoded is. It and d_decoded have decoded's
-layout. What was not asked for has no elements.
+layout. What was not asked for has no elements. mixture_backward is given masks, posterior and, as d_nll, d_decoded
+where mixture_forward returned them; a backend may compute them again instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def define(namespace: str) -> None:
     torch.library.define(
         f"{namespace}::mixture_backward",
         "(Tensor? d_log_likelihood, Tensor? d_masks, Tensor? d_posterior, Tensor image, Tensor decoded, float sigma,"
-        " bool image_gradient) -> (Tensor d_image, Tensor d_decoded)",
+        " bool image_gradient, Tensor? masks=None, Tensor? posterior=None, Tensor? d_nll=None)"
+        " -> (Tensor d_image, Tensor d_decoded)",
     )
     torch.library.register_fake(f"{namespace}::mixture_forward", new_results)
     torch.library.register_fake(f"{namespace}::mixture_backward", new_gradients)
@@ -56,8 +58,10 @@ def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
         decoded: Tensor,
         sigma: float,
         needs_image_gradient: bool,
+        *kept: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
-        d_image, d_decoded = ops.mixture_backward(g, dm, dq, *inputs(image, decoded), sigma, needs_image_gradient)
+        arguments = *inputs(image, decoded), sigma, needs_image_gradient, *kept
+        d_image, d_decoded = ops.mixture_backward(g, dm, dq, *arguments)
         return d_image.to(image.dtype) if needs_image_gradient else None, d_decoded.to(decoded.dtype)
 
     return forward, backward
@@ -84,6 +88,9 @@ def new_gradients(
     decoded: Tensor,
     sigma: float,
     image_gradient: bool,
+    masks: Tensor | None = None,
+    posterior: Tensor | None = None,
+    d_nll: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Room for what mixture_backward returns."""
     d_image = decoded.new_empty(image.shape if image_gradient else (0,), dtype=arithmetic_dtype(image, decoded))
