@@ -114,7 +114,9 @@ def test_mixed_dtypes(x_dtype, slots_dtype, weights_dtype, backend, device):
     exact = plain(cast((x, slots, weights, T), torch.float64), incoming=[y.double() for y in random_like(*got[:2])])
     for name, y, truth in zip(NAMES, got, exact, strict=True):
         relative = 64 * torch.finfo(wide).eps + 2 * torch.finfo(y.dtype).eps
-        assert (y.double() - truth).abs().max() <= relative * max(truth.abs().max(), 0.1), name
+        # A bias that all slots share changes no softmax over them: its gradient is the rounding of terms near 1.
+        scale = 1 if name == "dnorm_slots_bias" else max(truth.abs().max(), 0.1)
+        assert (y.double() - truth).abs().max() <= relative * scale, name
 
 
 def test_iterations_go_on_where_others_ended(backend, device):
