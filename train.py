@@ -333,11 +333,11 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(config, from_=pretrained(config)[0])
     if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps):
         raise UsageError("--table1 takes --fine-tune iio, pre-trains from scratch and chooses its own --score-steps")
-    given = [f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default]
-    if config.eval_only is not None and (trains := [n for n in given if n not in (*SCORING, *ARCHITECTURE)]):
+    changed = changed_fields(config)
+    if config.eval_only is not None and (trains := [n for n in changed if n not in (*SCORING, *ARCHITECTURE)]):
         raise UsageError(f"--eval-only trains nothing: leave out {option(trains[0])}")
     weights = config.from_ or config.eval_only
-    asked = [n for n in ARCHITECTURE if getattr(config, n) != getattr(Config, n)]
+    asked = [n for n in ARCHITECTURE if n in changed]
     if weights is not None:
         free = ("num_slots", "iterations") if config.eval_only else ()
         if fixed := [n for n in asked if n not in free]:
@@ -464,6 +464,11 @@ def device_of(config: Config) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def changed_fields(config: Config) -> list[str]:
+    """The fields that are not at their defaults, in order."""
+    return [f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default]
 
 
 def option(field: str) -> str:
@@ -620,7 +625,7 @@ def default_name(config: Config) -> str:
 def reopen_run(given: Config) -> tuple[Config, Path]:
     """The configuration and folder of the run that --resume names."""
     folder = given.resume
-    others = [f.name for f in dataclasses.fields(Config) if getattr(given, f.name) != f.default and f.name != "resume"]
+    others = [name for name in changed_fields(given) if name != "resume"]
     if others:
         raise UsageError(f"--resume continues a run with its own options: leave out {', '.join(map(option, others))}")
     if folder.is_file():
