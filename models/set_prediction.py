@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.properties import NUM_PROPERTIES
 from iio_kernels.nn import SlotAttention
 from models.slot_attention import Encoder
-from models.slot_mlp import SlotMLP
+from models.slot_mlp import PROPERTY_PREDICTION, SlotMLP
 
 
 class SetPredictor(nn.Module):
@@ -35,7 +35,7 @@ class SetPredictor(nn.Module):
         slot_size: D, the width of the slots.
         mlp_size: hidden width of the residual MLP on the slots.
         num_slots, iterations: K and T of Slot Attention.
-        slots: "attention"; or "mlp", the Slot MLP baseline, with the hidden width `hidden_size`.
+        slots: "attention"; or "mlp", the Slot MLP baseline.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class SetPredictor(nn.Module):
         input_size: int | None = None,
         slot_size: int = 64,
         mlp_size: int = 128,
-        hidden_size: int = 512,
         num_slots: int = 10,
         iterations: int = 3,
         slots: Literal["attention", "mlp"] = "attention",
@@ -67,7 +66,7 @@ class SetPredictor(nn.Module):
         else:
             self.noise_shape = (0,)
             grid = self.encoder.position.grid.shape[:2]
-            self.slots = SlotMLP(input_size, slot_size, num_slots, grid, hidden_size=hidden_size)
+            self.slots = SlotMLP(input_size, slot_size, num_slots, grid, **PROPERTY_PREDICTION)
         self.classifier = nn.Sequential(
             nn.Linear(slot_size, slot_size), nn.ReLU(), nn.Linear(slot_size, NUM_PROPERTIES)
         )

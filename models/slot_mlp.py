@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,9 +13,10 @@ from models.slot_attention import Decoder, Encoder, Scene
 
 
 class SlotMLP(nn.Module):
-    """All inputs at once, resized and flattened, through an MLP: K slots in a fixed order (supplement, tables 8 and 9).
+    """All inputs at once, resized and flattened, through an MLP: K slots in a fixed order.
 
-    Nothing here is shared by the slots or by the places of the grid, which is what the paper compares with.
+    Nothing of that MLP is shared by the slots or by the places of the grid, which is what the paper compares with.
+    `PROPERTY_PREDICTION` and `OBJECT_DISCOVERY` have the sizes of its supplement's tables 8 and 9.
 
     Args:
         input_size: width of the inputs.
@@ -19,37 +24,53 @@ class SlotMLP(nn.Module):
         num_slots: K.
         resolution: height and width of the grid the inputs lie on.
         grid: inputs on a larger grid are resized, bilinearly, to this many rows and columns.
-        hidden_size: of the MLP's two hidden layers.
+        hidden_sizes: of the MLP's hidden layers, each followed by a ReLU.
+        slot_hidden_size: of a second MLP with one hidden layer, which all slots share; None: there is none.
     """
 
     def __init__(
-        self, input_size: int, slot_size: int, num_slots: int, resolution: tuple[int, int], grid: int = 16,
-        hidden_size: int = 512,
-    ) -> None:  # fmt: skip
+        self,
+        input_size: int,
+        slot_size: int,
+        num_slots: int,
+        resolution: tuple[int, int],
+        *,
+        grid: int = 16,
+        hidden_sizes: tuple[int, ...],
+        slot_hidden_size: int | None,
+    ) -> None:
         super().__init__()
         self.num_slots, self.resolution = num_slots, tuple(resolution)
         self.grid = tuple(min(grid, size) for size in resolution)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.grid[0] * self.grid[1] * input_size, hidden_size),
-            nn.ReLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.ReLU(),
-            nn.Linear(hidden_size, num_slots * slot_size),
-        )
+        widths = (self.grid[0] * self.grid[1] * input_size, *hidden_sizes)
+        hidden = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(widths[-1], num_slots * slot_size))
+        self.slot_mlp = nn.Identity()
+        if slot_hidden_size is not None:
+            self.slot_mlp = nn.Sequential(
+                nn.Linear(slot_size, slot_hidden_size), nn.ReLU(), nn.Linear(slot_hidden_size, slot_size)
+            )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, H * W, input_size) -> (B, K, D)."""
         x = inputs.mT.unflatten(2, self.resolution)
         if self.grid != self.resolution:
             x = F.interpolate(x, self.grid, mode="bilinear")
-        return self.mlp(x.flatten(1)).unflatten(1, (self.num_slots, -1))
+        return self.slot_mlp(self.mlp(x.flatten(1)).unflatten(1, (self.num_slots, -1)))
+
+
+#: Table 8 of the supplement: `SetPredictor`'s own MLP follows on each slot.
+PROPERTY_PREDICTION: dict[str, Any] = dict(hidden_sizes=(512, 512), slot_hidden_size=None)
+
+#: Table 9.
+OBJECT_DISCOVERY: dict[str, Any] = dict(hidden_sizes=(512, 1024, 1024), slot_hidden_size=64)
 
 
 class SlotMLPAutoEncoder(nn.Module):
     """Image -> K slots -> image, with encoder and decoder of `SlotAttentionAutoEncoder`, and of its arguments.
 
     Args:
-        hidden_size: of the MLP's two hidden layers; the others as there.
+        slot_mlp: options of `SlotMLP`, over those of table 9; the others as there.
     """
 
     noise_shape = (0,)
@@ -63,13 +84,14 @@ class SlotMLPAutoEncoder(nn.Module):
         kernel_size: int = 5,
         input_size: int | None = None,
         slot_size: int = 64,
-        hidden_size: int = 512,
         strided: bool = False,
         num_slots: int = 4,
+        slot_mlp: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(channels, kernel_size, resolution, input_size or channels)
-        self.slot_mlp = SlotMLP(input_size or channels, slot_size, num_slots, resolution, hidden_size=hidden_size)
+        options = OBJECT_DISCOVERY | dict(slot_mlp or {})
+        self.slot_mlp = SlotMLP(input_size or channels, slot_size, num_slots, resolution, **options)
         self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
 
     def forward(self, image: Tensor, *, noise: Tensor | None = None) -> Scene:
