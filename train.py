@@ -85,9 +85,10 @@ class Config:
     """What to train on. Without --data the scenes are generated, where they can be."""
     data: Path | None = None
     """A file of the data set: DeepMind's .tfrecords as published, or .npz with `image` and `mask`."""
-    fine_tune: Literal["none", "iio"] = "none"
-    """What follows the pre-training on the reconstruction error: nothing, or the IIO loss plus --hinge-scale times the
-    reconstruction error while that is over --margin."""
+    fine_tune: Literal["none", "iio", "reconstruction"] = "none"
+    """What follows the pre-training on the reconstruction error: nothing; the IIO loss plus --hinge-scale times the
+    reconstruction error while that is over --margin; or, to compare that with, the reconstruction error alone, with
+    the same fresh optimizer, rate and warm-up."""
     preset: Literal["auto", "paper", "quick", "smoke"] = "auto"
     """paper: the published model and schedule (of Slot Attention on Tetrominoes 60,000 scenes, 50 + 5 epochs). quick: a
     smaller one in small batches, most with Muon, at most 20 minutes on two CPU cores with bfloat16 products. smoke:
@@ -147,9 +148,11 @@ class Config:
     half_life: int | None = None
     """Steps in which the learning rate of each phase falls by half."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate of each phase rises linearly from 0."""
+    """Steps over which the learning rate of pre-training rises linearly from 0, while it decays, too."""
     fine_tune_lr: float | None = None
     """Peak learning rate in fine-tuning."""
+    fine_tune_warmup_steps: int | None = None
+    """The same of fine-tuning, which begins with a fresh optimizer; short, since fine-tuning is."""
     clip: float | None = None
     """Largest norm of the gradient of a step; 0 does not clip."""
     margin: float | None = None
@@ -180,8 +183,10 @@ class Config:
     seeds: int = 1
     """Train this many times, with --seed and the seeds after it, and give mean and standard deviation of the scores."""
     table1: bool = False
-    """Train what table 1 of the IIO paper compares: pre-training alone 1.1 and 4 times as long as the preset's (55 and
-    200 epochs), and the preset's with its fine-tuning (50 + 5 epochs)."""
+    """Train what table 1 of the IIO paper compares, from the same pre-training: the preset's fine-tuning (50 + 5
+    epochs), as many steps of --fine-tune reconstruction instead (55 epochs), and pre-training 4 times as long (200)."""
+    long_row: bool = True
+    """Of --table1: the pre-training 4 times as long, three quarters of its time; --no-long-row leaves it out."""
     score_steps: tuple[int, ...] = ()
     """Steps of pre-training after which it is scored and its weights are kept, besides its end."""
 
@@ -209,25 +214,26 @@ class Config:
 #: What a preset sets, by what is trained, see `recipe_of`.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "slot-attention": {
-        # Slot Attention's supplement, section E, and the IIO paper.
+        # Slot Attention's supplement, section E, and the IIO paper. How long fine-tuning warms up is
+        # ours.
         "paper": dict(
             epochs=50, fine_tune_epochs=5, num_scenes=60_000, eval_scenes=1000,
             channels=32, kernel_size=5, input_size=32, slot_size=64, iterations=3, batch_size=64,
             optimizer="adam", lr=4e-4, fine_tune_lr=4e-4, warmup_steps=10_000, half_life=100_000, clip=0.0,
-            margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
         ),
         # The lowest error in 20 minutes of what was tried (bench/README.md). The loss and its hinge are the paper's.
         "quick": dict(
             steps=5000, fine_tune_steps=4500, num_scenes=60_000, eval_scenes=320,
             channels=32, kernel_size=3, input_size=64, slot_size=64, iterations=3, batch_size=16,
             optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=1.0,
-            margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
         ),
         "smoke": dict(
             steps=20, fine_tune_steps=10, num_scenes=256, eval_scenes=32,
             channels=8, kernel_size=3, input_size=8, slot_size=64, iterations=3, batch_size=8,
             optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=5, half_life=20, clip=1.0,
-            margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=5, margin=4e-4, hinge_scale=1e3,
         ),
     },
 }  # fmt: skip
@@ -274,13 +280,13 @@ PRESETS["iodine"] = {
         steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
         channels=32, kernel_size=5, input_size=32, slot_size=32, iterations=5, pixel_sigma=0.1, batch_size=256,
         optimizer="adam", lr=3e-4, fine_tune_lr=3e-4, warmup_steps=0, half_life=300_000, clip=5.0,
-        margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3,
     ),
     "quick": dict(
         steps=6000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320,
         channels=16, kernel_size=3, input_size=64, slot_size=32, iterations=3, pixel_sigma=0.3, batch_size=8,
         optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=3000, clip=5.0,
-        margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
     ),
     "smoke": PRESETS["slot-attention"]["smoke"] | dict(slot_size=8, iterations=2, pixel_sigma=0.3, clip=5.0),
 }  # fmt: skip
@@ -290,13 +296,13 @@ PRESETS["monet"] = {
         steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
         channels=32, slot_size=16, batch_size=64,
         optimizer="rmsprop", lr=1e-4, fine_tune_lr=1e-4, warmup_steps=0, half_life=10**9, clip=0.0,
-        margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3,
     ),
     "quick": dict(
         steps=4000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320,
         channels=16, slot_size=16, batch_size=8,
         optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=5.0,
-        margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
     ),
     "smoke": without(PRESETS["slot-attention"]["smoke"], "kernel_size", "input_size", "iterations")
     | dict(slot_size=8),
@@ -331,8 +337,10 @@ def resolve(config: Config) -> Config:
         if config.from_ is not None:
             raise UsageError("--from-pretrained and --from exclude each other")
         config = dataclasses.replace(config, from_=pretrained(config)[0])
-    if config.table1 and (config.fine_tune == "none" or config.from_ is not None or config.score_steps):
+    if config.table1 and (config.fine_tune != "iio" or config.from_ is not None or config.score_steps):
         raise UsageError("--table1 takes --fine-tune iio, pre-trains from scratch and chooses its own --score-steps")
+    if not (config.table1 or config.long_row):
+        raise UsageError("--no-long-row is for --table1")
     changed = changed_fields(config)
     if config.eval_only is not None and (trains := [n for n in changed if n not in (*SCORING, *ARCHITECTURE)]):
         raise UsageError(f"--eval-only trains nothing: leave out {option(trains[0])}")
@@ -359,13 +367,13 @@ def resolve(config: Config) -> Config:
             raise UsageError(f"{option(steps)} and {option(epochs)} exclude each other")
         if given:
             defaults.pop(epochs, None), defaults.pop(steps, None)
-    tuning = ("fine_tune_epochs", "fine_tune_steps", "fine_tune_lr")
+    tuning = ("fine_tune_epochs", "fine_tune_steps", "fine_tune_lr", "fine_tune_warmup_steps")
     given = [name for name in tuning if getattr(config, name) is not None]
     if given and config.fine_tune == "none":
-        raise UsageError(f"{option(given[0])}: there is no fine-tuning without --fine-tune iio")
+        raise UsageError(f"{option(given[0])}: there is no fine-tuning without --fine-tune")
     if config.from_pretrained and config.steps is None and config.epochs is None:
         if config.fine_tune == "none":
-            raise UsageError("--from-pretrained: nothing to train without --fine-tune iio or --steps")
+            raise UsageError("--from-pretrained: nothing to train without --fine-tune or --steps")
         defaults.pop("epochs", None), defaults.update(steps=0)
     defaults = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     precision = config.precision
@@ -379,7 +387,7 @@ def resolve(config: Config) -> Config:
         if value is not None and not value >= 1:
             raise UsageError(f"{option(name)}: expected at least 1, got {value}")
     for name in ("epochs", "fine_tune_epochs", "steps", "fine_tune_steps", "lr", "fine_tune_lr", "warmup_steps",
-                 "clip", "margin", "hinge_scale", "checkpoint_every"):  # fmt: skip
+                 "fine_tune_warmup_steps", "clip", "margin", "hinge_scale", "checkpoint_every"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UsageError(f"{option(name)}: expected a number >= 0, got {value}")
@@ -404,6 +412,11 @@ def resolve(config: Config) -> Config:
         raise UsageError(f"--score-steps: expected steps in 1..{last}, got {' '.join(map(str, config.score_steps))}")
     if config.table1 and not last:
         raise UsageError("--table1 pre-trains from scratch: --steps and --epochs must be more than 0")
+    for phase, steps in phase_steps(config).items():
+        peak, warming = warm_up(phase, config)
+        if 0 < steps < warming:
+            say(f"The learning rate of {phase} climbs to {learning_rate(steps - 1, phase, config):.2g}, not to the "
+                f"{peak:.2g} asked for: its warm-up of {warming:,} steps outlasts its {steps:,}")  # fmt: skip
     if config.task == "set-prediction" and config.num_slots < (most := dataset.num_entities - 1):
         say(f"K {config.num_slots} is fewer than the {most} objects that a scene can have: those left over cost "
             f"nothing, so losses compare at equal K alone")  # fmt: skip
@@ -427,8 +440,8 @@ def refuse_impossible(config: Config) -> None:
             names = [name for name, each in DATASETS.items() if each.properties]
             raise UsageError(f"--dataset {config.dataset} does not tell its objects' properties; set prediction takes "
                              f"{', '.join(names)}")  # fmt: skip
-        if config.fine_tune == "iio":
-            raise UsageError("--fine-tune iio fine-tunes masks; set prediction has none")
+        if config.fine_tune != "none":
+            raise UsageError(f"--fine-tune {config.fine_tune} fine-tunes masks; set prediction has none")
         if config.stepwise_loss and config.model == "slot-mlp":
             raise UsageError("--stepwise-loss: slot-mlp predicts once; leave it out")
         if config.downsample not in (None, 1, 2, 4, 8):
@@ -490,7 +503,7 @@ def phase_steps(config: Config) -> dict[str, int]:
         return steps if steps is not None else math.ceil(epochs * config.num_scenes / config.batch_size)
 
     phases = {"pre-training": steps(config.steps, config.epochs)}
-    if config.fine_tune == "iio":
+    if config.fine_tune != "none":
         phases["fine-tuning"] = steps(config.fine_tune_steps, config.fine_tune_epochs)
     return phases
 
@@ -617,8 +630,8 @@ def default_name(config: Config) -> str:
     model = "" if config.model == "slot-attention" else f"{config.model}-"
     task = "" if config.task == "discovery" else f"{config.task}-"
     ablation = "" if config.ablation == "none" else f"{config.ablation}-"
-    name = f"{model}{task}{ablation}{config.dataset}-{config.preset}{'-iio' if config.fine_tune == 'iio' else ''}"
-    name += f"-seed{config.seed}"
+    name = f"{model}{task}{ablation}{config.dataset}-{config.preset}"
+    name += f"{'' if config.fine_tune == 'none' else f'-{config.fine_tune}'}-seed{config.seed}"
     return name + ("-table1" if config.table1 else f"-and-{config.seeds - 1}-more" if config.seeds > 1 else "")
 
 
@@ -634,6 +647,7 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
         raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
     try:
         saved = json.loads((folder / "config.json").read_text())
+        saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
         saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
         return Config(**saved | {"score_steps": tuple(saved["score_steps"])}), folder
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -901,7 +915,7 @@ def losses(
             parts["representation"] = representation.detach()
         return loss, parts
     objective, masks, error = made.objective(image * 2 - 1)
-    if phase == "pre-training":
+    if phase == "pre-training" or config.fine_tune == "reconstruction":
         parts = {} if objective is error else {"loss": objective.detach()}
         return objective, {"mse": error.detach(), **parts}
     inpainter = dict(sigma=config.sigma, kernel_size=config.taps, repeats=config.repeats)
@@ -916,9 +930,17 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
     return Optimizer(model, config.optimizer, capturable=torch.device(config.device).type == "cuda")
 
 
-def learning_rate(step: int, peak: float, config: Config) -> float:
-    """Linear warm-up times exponential decay."""
-    return peak * min(1.0, (step + 1) / max(1, config.warmup_steps)) * 0.5 ** (step / config.half_life)
+def warm_up(phase: str, config: Config) -> tuple[float, int]:
+    """The peak of a phase's learning rate, and the steps in which it gets there."""
+    if phase == "fine-tuning":
+        return config.fine_tune_lr, config.fine_tune_warmup_steps
+    return config.lr, config.warmup_steps
+
+
+def learning_rate(step: int, phase: str, config: Config) -> float:
+    """Linear warm-up times exponential decay, both from the phase's beginning."""
+    peak, steps = warm_up(phase, config)
+    return peak * min(1.0, (step + 1) / max(1, steps)) * 0.5 ** (step / config.half_life)
 
 
 # ---------------------------------------------------------------------------------------------- the step
@@ -1091,18 +1113,24 @@ def score_sets(
 NAMES = {"slot-attention": "Slot Attention", "slot-mlp": "Slot MLP", "iodine": "IODINE", "monet": "MONet",
          "dspn": "DSPN"}  # fmt: skip
 
+#: And their fine-tuning.
+FINE_TUNING = {"iio": "IIO", "reconstruction": "reconstruction"}
 
-def row_name(key: str, config: Config) -> str:
-    """What a table calls the scores that a run keeps under `key`."""
+
+def row_name(key: str, config: Config, from_: str | None = None) -> str:
+    """What a table calls the scores that a run keeps under `key`. The weights it began with were kept under `from_`."""
     steps, begun = phase_steps(config), NAMES[config.model]
     if key.startswith("step-"):
         return f"{begun}, {int(key.removeprefix('step-')):,} steps"
     if config.from_ is not None:
-        begun = row_name(config.from_.stem, config) if config.from_.stem.startswith("step-") else config.from_.stem
+        begun = from_ or config.from_.stem
+        if begun.startswith("step-"):
+            begun = row_name(begun, config)
     if key == "before":
         more = "more " if config.from_ is not None else ""
         return f"{begun}, {steps['pre-training']:,} {more}steps" if steps["pre-training"] or not more else begun
-    return f"{'' if steps['pre-training'] else begun} + IIO, {steps['fine-tuning']:,} steps"
+    loss = FINE_TUNING[config.fine_tune]
+    return f"{'' if steps['pre-training'] else begun} + {loss}, {steps['fine-tuning']:,} steps"
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -1232,7 +1260,6 @@ class Run:
         config = self.config
         phase, steps = list(self.phases.items())[number]
         first = sum(list(self.phases.values())[:number])
-        peak = config.lr if phase == "pre-training" else config.fine_tune_lr
         optimizer = build_optimizer(self.model, config)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
@@ -1241,7 +1268,7 @@ class Run:
         quiet = rank() > 0 or not sys.stderr.isatty()
         with tqdm(total=steps, initial=self.step, desc=phase, unit="step", disable=quiet) as bar:
             for step in range(self.step, steps):
-                rate = learning_rate(step, peak, config)
+                rate = learning_rate(step, phase, config)
                 indices = self.order(first + step)
                 pixels, _ = self.source.batch(indices, device=config.device)
                 noise = share(draw_noise(config, config.batch_size, self.model.noise_shape, number, step))
@@ -1401,7 +1428,10 @@ def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) ->
         ("truth", PALETTE[truth.long().cpu()]),
     ]
     tuned = (folder / "after.safetensors").exists()
-    for key, title in (("before", "masks before" if tuned else "masks"), ("after", "masks after IIO")):
+    for key, title in (
+        ("before", "masks before" if tuned else "masks"),
+        ("after", f"masks after {FINE_TUNING.get(config.fine_tune)}"),
+    ):
         if not (folder / f"{key}.safetensors").exists():
             continue
         _, tensors = load_weights(folder / f"{key}.safetensors", config)
@@ -1503,15 +1533,14 @@ def members(config: Config, folder: Path) -> dict[str, Config]:
     if not config.table1:
         return seeds
     steps = phase_steps(config)["pre-training"]
-    longer = -(-11 * steps // 10)
+    length = dict(steps=4 * steps, score_steps=(steps,)) if config.long_row else dict(steps=steps)
     runs = {}
     for name, run in seeds.items():
-        # One pre-training passes all lengths, and the fine-tuning starts where it stood at the first.
-        runs[f"{name}-plain"] = dataclasses.replace(
-            run, fine_tune="none", steps=4 * steps, epochs=None, score_steps=tuple(dict.fromkeys((steps, longer)))
-        )
-        weights = folder / f"{name}-plain" / f"step-{steps}.safetensors"
-        runs[f"{name}-iio"] = dataclasses.replace(run, steps=0, epochs=None, from_=weights)
+        # One pre-training passes both lengths; both phases that follow start where it stood at the first.
+        runs[f"{name}-plain"] = dataclasses.replace(run, fine_tune="none", epochs=None, **length)
+        weights = folder / f"{name}-plain" / (f"step-{steps}.safetensors" if config.long_row else "before.safetensors")
+        for loss in ("reconstruction", "iio"):
+            runs[f"{name}-{loss}"] = dataclasses.replace(run, fine_tune=loss, steps=0, epochs=None, from_=weights)
     return runs
 
 
@@ -1536,7 +1565,8 @@ def run_several(
     for name, summary in summaries.items():
         keys = [key for key in summary if key in KEPT or key.startswith("step-")]
         for key in keys if runs[name].steps or not config.table1 else ["after"]:
-            each.setdefault(row_name(key, runs[name]), []).append(summary[key])
+            from_ = f"step-{phase_steps(config)['pre-training']}" if config.table1 else None
+            each.setdefault(row_name(key, runs[name], from_), []).append(summary[key])
     rows = {name: summed_up(scored) for name, scored in each.items()}
     over = f"{config.seeds} trainings" if config.seeds > 1 else f"{config.eval_draws} draws of the noise"
     about = {

@@ -31,7 +31,7 @@ class System(NamedTuple):
 #: Published figures in percent: Locatello et al. 2020, tables 1 and 4 and figure 3; Greff et al. 2019; the IIO paper's
 #: table 1. They are of the published data and of many times as many steps.
 SYSTEMS: dict[str, System] = {
-    "Slot Attention": System("--fine-tune iio", "fg_ari", 99.5, "Tetrominoes"),
+    "Slot Attention": System("", "fg_ari", 99.5, "Tetrominoes"),
     "Slot MLP": System("--model slot-mlp", "fg_ari", 25.1, "Tetrominoes"),
     "IODINE": System("--model iodine", "fg_ari", 99.2, "Tetrominoes"),
     "MONet": System("--model monet --dataset multi-dsprites", "fg_ari", 90.4, "Multi-dSprites"),
@@ -45,8 +45,7 @@ def main(out: Path, *names: str) -> None:
     for name in names or SYSTEMS:
         options = SYSTEMS[name].options.split()
         train_once(folder_of(out, name), *options)
-        plain = [option for option in options if option not in ("--fine-tune", "iio")]
-        train_once(folder_of(out, f"{name}, untrained"), *plain, "--steps", "0")
+        train_once(folder_of(out, f"{name}, untrained"), *options, "--steps", "0")
         summarise(out)
 
 
@@ -60,7 +59,7 @@ def summarise(out: Path) -> None:
                 "command": shlex.join(["python", "train.py", *system.options.split()]),
                 "published": system._asdict(),
                 "untrained": untrained["before"],
-                **{phase: trained[phase] for phase in train.KEPT if phase in trained},
+                "trained": trained["before"],
                 "minutes": round(trained["seconds"] / 60, 1),
                 "steps": train.phase_steps(train.Config(**config)),
                 "config": config,
@@ -75,12 +74,11 @@ def markdown(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         of, key = row["published"], row["published"]["score"]
         published = "" if of["published"] is None else f"{of['published']} ({of['about']})"
-        scores = [f"{100 * row[phase][key]:.1f} ± {100 * row[phase][f'{key}_std']:.1f}" for phase in train.KEPT
-                  if phase in row]  # fmt: skip
+        trained = f"{100 * row['trained'][key]:.1f} ± {100 * row['trained'][f'{key}_std']:.1f}"
         steps = " + ".join(f"{number:,}" for number in row["steps"].values() if number)
         lines.append(
             f"| {name}: {train.PERCENT[key]} | {published} | {100 * row['untrained'][key]:.1f} | "
-            f"{', with IIO '.join(scores)} | {steps} of {row['config']['batch_size']}, {row['minutes']} | "
+            f"{trained} | {steps} of {row['config']['batch_size']}, {row['minutes']} | "
             f"`{row['command']}` |"
         )
     return "\n".join(lines) + "\n"

@@ -1,6 +1,8 @@
 """`train.py` from the command line: what it leaves, what it refuses, and that no interruption costs anything."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +325,8 @@ REFUSED = {
     "another architecture than the weights'": (["--from-pretrained", "--channels", "16"], "--channels: weights bring"),
     "nothing to train": (["--from-pretrained"], "--from-pretrained: nothing to train without"),
     "table 1 without fine-tuning": (["--table1"], "--table1 takes --fine-tune iio"),
+    "table 1 of another fine-tuning": (["--table1", "--fine-tune", "reconstruction"], "--table1 takes --fine-tune iio"),
+    "a row of no table": (["--no-long-row"], "--no-long-row is for --table1"),
     "scenes that the weights have seen": (
         ["--from-pretrained", "--fine-tune", "iio", "--num-scenes", "400", "--device", "cpu"],
         "--num-scenes 400: tetrominoes-before.safetensors was trained on the first 60,000 scenes",
@@ -499,10 +504,52 @@ def test_other_numbers_of_slots_and_iterations_than_in_training(finished, tmp_pa
 
 
 def test_the_learning_rate_warms_up_and_halves():
-    config = train.Config(warmup_steps=100, half_life=100_000)
-    assert train.learning_rate(49, 1.0, config) == pytest.approx(0.5, rel=1e-3)
-    assert train.learning_rate(99_999, 1.0, config) == pytest.approx(0.5, rel=1e-3)
-    assert train.learning_rate(199_999, 4e-4, config) == pytest.approx(1e-4, rel=1e-3)
+    config = train.Config(lr=1.0, warmup_steps=100, fine_tune_lr=0.1, fine_tune_warmup_steps=10, half_life=100_000)
+    assert train.learning_rate(49, "pre-training", config) == pytest.approx(0.5, rel=1e-3)
+    assert train.learning_rate(99_999, "pre-training", config) == pytest.approx(0.5, rel=1e-3)
+    assert train.learning_rate(199_999, "pre-training", config) == pytest.approx(0.25, rel=1e-3)
+    assert train.learning_rate(4, "fine-tuning", config) == pytest.approx(0.05, rel=1e-3)
+    assert train.learning_rate(99_999, "fine-tuning", config) == pytest.approx(0.05, rel=1e-3)
+
+
+def recipes():
+    """What can be trained at each preset, as options: every task, model and data set that go together."""
+    for task, model, dataset, preset in itertools.product(
+        *(typing.get_args(typing.get_type_hints(train.Config)[name]) for name in ("task", "model", "dataset")),
+        ("paper", "quick", "smoke"),
+    ):
+        if DATASETS[dataset].num_entities == 1:
+            continue  # an empty room is for scoring alone
+        fine_tune = "iio" if task == "discovery" else "none"
+        config = train.Config(task=task, model=model, dataset=dataset, preset=preset, fine_tune=fine_tune, device="cpu")
+        if DATASETS[dataset].file is not None:
+            config = dataclasses.replace(config, data=Path("scenes.tfrecords"))
+        with contextlib.suppress(train.UsageError):
+            train.refuse_impossible(config)
+            yield pytest.param(config, id=f"{model} {task} {dataset} {preset}")
+
+
+@pytest.mark.parametrize("config", list(recipes()))
+def test_every_phase_reaches_its_learning_rate(config):
+    """A warm-up that outlasts a phase, or decay before its end, would keep it from the rate that is stated."""
+    config = train.resolve(config)
+    for phase, steps in train.phase_steps(config).items():
+        peak, _ = train.warm_up(phase, config)
+        reached = [train.learning_rate(step, phase, config) for step in range(min(steps, 20_000))]
+        assert max(reached) >= 0.85 * peak > 0, phase
+
+
+def test_a_warm_up_that_outlasts_its_phase_is_told(capsys):
+    train.resolve(train.Config(preset="quick", device="cpu", steps=50, warmup_steps=100, lr=1e-3))
+    assert "climbs to 0.00049, not to the 0.001 asked for" in capsys.readouterr().out
+
+
+def test_a_run_begun_before_fine_tuning_had_its_own_warm_up_resumes_with_what_it_had(finished, tmp_path):
+    saved = json.loads((finished / "config.json").read_text()) | {"warmup_steps": 3}
+    del saved["fine_tune_warmup_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config, _ = train.reopen_run(train.Config(resume=tmp_path))
+    assert config.fine_tune_warmup_steps == 3
 
 
 def test_every_epoch_sees_every_scene_once():
@@ -636,14 +683,35 @@ def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
     out = tmp_path / "table"
     assert call(monkeypatch, *TINY, "--table1", "--out", out) == 0
     rows = json.loads((out / "summary.json").read_text())["rows"]
-    lengths = ["Slot Attention, 8 steps", "Slot Attention, 9 steps", "Slot Attention, 32 steps"]
-    assert list(rows) == [*lengths, "Slot Attention, 8 steps + IIO, 5 steps"]
+    short = "Slot Attention, 8 steps"
+    longer = [f"{short} + reconstruction, 5 steps", f"{short} + IIO, 5 steps"]
+    assert list(rows) == [short, "Slot Attention, 32 steps", *longer]
     assert all(row["ari_std"] > 0 for row in rows.values()), "of one training, that over draws"
     # What is fine-tuned is what was pre-trained as long: the same as one run of both phases.
     assert call(monkeypatch, *TINY, "--out", tmp_path / "one") == 0
     assert_same_tensors(out / "seed0-plain" / "step-8.safetensors", tmp_path / "one" / "before.safetensors")
-    plain, tuned = (json.loads((out / f"seed0-{name}" / "summary.json").read_text()) for name in ("plain", "iio"))
-    assert plain["step-8"] == tuned["before"]
+    runs = ("plain", "iio", "reconstruction")
+    plain, tuned, longer = (json.loads((out / f"seed0-{run}" / "summary.json").read_text()) for run in runs)
+    assert plain["step-8"] == tuned["before"] == longer["before"]
+    # The baseline takes the same steps, of the same scenes at the same rates, on another loss.
+    logs = [
+        [json.loads(line) for line in (out / f"seed0-{run}" / "metrics.jsonl").read_text().splitlines()]
+        for run in runs[1:]
+    ]
+    steps, longer_steps = ([(line["step"], line["lr"]) for line in log if "lr" in line] for log in logs)
+    assert steps == longer_steps
+    assert steps[-1][0] == 5
+    assert [("iio" in line) for log in logs for line in log if "lr" in line] == [True] * 3 + [False] * 3
+    assert len({line["gradient_norm"] for log in logs for line in log if line.get("step") == 2}) == 2
+
+
+def test_table_1_without_its_longest_row(tmp_path, monkeypatch):
+    out = tmp_path / "table"
+    assert call(monkeypatch, *TINY, "--table1", "--no-long-row", "--seeds", 2, "--out", out) == 0
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    short = "Slot Attention, 8 steps"
+    assert list(rows) == [short, f"{short} + reconstruction, 5 steps", f"{short} + IIO, 5 steps"]
+    assert all(len(row["ari_each"]) == 2 for row in rows.values())
 
 
 def test_a_signal_while_a_run_is_scored_stops_the_next(tmp_path, monkeypatch, capsys):
