@@ -6,13 +6,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from iio_kernels._compile import constant_when_compiled
+
+AFunction = TypeVar("AFunction", bound=type[Function])
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -33,13 +35,14 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def signature_kept(function: type[Function]) -> type[Function]:
+def signature_kept(function: AFunction) -> AFunction:
     """Decorate a Function so that its `forward` keeps its signature.
 
     torch binds the arguments of every call to it, and makes it anew for that: a tenth of a millisecond, longer than
     all else that happens before a kernel starts.
     """
-    function.forward.__signature__ = inspect.signature(function.forward)
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
     return function
 
 

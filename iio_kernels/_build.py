@@ -33,7 +33,7 @@ import torch
 from iio_kernels._compile import constant_when_compiled
 
 #: Flags for each instruction set that the kernels are compiled for; which one runs is decided at run time.
-INSTRUCTION_SETS = {"baseline": []}
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma"]
     avx512 = [*avx2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -91,7 +91,7 @@ def missing() -> str | None:
     error = _load(CPU)
     if error is not None:
         _warn(CPU, str(error))
-    return error and str(error)
+    return None if error is None else str(error)
 
 
 @constant_when_compiled
@@ -104,7 +104,7 @@ def cuda_missing() -> str | None:
     error = _load(CUDA)
     if error is not None and not isinstance(error, NoCompiler):
         _warn(CUDA, str(error))
-    return error and str(error)
+    return None if error is None else str(error)
 
 
 @functools.cache
@@ -145,9 +145,9 @@ def _warn(library: Library, reason: str) -> None:
 
 def said_by(library: Library, function: str) -> str:
     """What a function of a loaded library returns."""
-    function = getattr(_loaded[library.name], function)
-    function.restype = ctypes.c_char_p
-    return (function() or b"").decode()
+    call = getattr(_loaded[library.name], function)
+    call.restype = ctypes.c_char_p
+    return (call() or b"").decode()
 
 
 def instruction_set() -> str | None:

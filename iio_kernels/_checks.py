@@ -72,7 +72,7 @@ def same_device(**tensors: Tensor | None) -> torch.device:
     return given[first].device
 
 
-def option(name: str, value: object, choices: Sequence[str]) -> None:
+def option(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

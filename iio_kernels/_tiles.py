@@ -81,7 +81,9 @@ def evenly_spaced(x: Tensor | None) -> Tensor | None:
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Those of images, of slots or channels, and of pixels."""
-    return (0, 0, 0) if x is None else (*x.stride()[:2], x.stride(2 if x.shape[3] == 1 else 3))
+    if x is None:
+        return 0, 0, 0
+    return x.stride(0), x.stride(1), x.stride(2 if x.shape[3] == 1 else 3)
 
 
 def settings(decoded: Tensor, dtype: torch.dtype, numbers: int, *others: Tensor | None) -> dict[str, Any]:

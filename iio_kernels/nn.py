@@ -5,19 +5,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from typing_extensions import TypeVar
 
 from iio_kernels import _checks
 from iio_kernels._autograd import without_autocast
 from iio_kernels._numerics import arithmetic_dtype, cast, divide
+from iio_kernels._options import (
+    Attention,
+    AttentionHeads,
+    AttentionLayout,
+    Backend,
+    EpsIn,
+    Gradient,
+    Initial,
+    Normalize,
+    Softmax,
+    Update,
+)
 from iio_kernels.ops.iterations import SlotAttentionWeights, fits_triton, slot_attention_module
 from iio_kernels.ops.slot_attention import slot_attention_from_inputs
 
+__all__ = ["SlotAttention", "convert_weights"]
 
-class SlotAttention(nn.Module):
+#: What a call of the module returns, for type checkers: a tensor, or with `attention` two.
+Result = TypeVar("Result", covariant=True, default=Any)
+
+
+class SlotAttention(nn.Module, Generic[Result]):
     """Slot Attention: slots compete for inputs, in several iterations, and each is updated with the mean of its own.
 
         x = norm_inputs(inputs)
@@ -121,6 +141,39 @@ class SlotAttention(nn.Module):
         (torch.Size([8, 4, 64]), torch.Size([8, 4, 1225]))
     """
 
+    @overload
+    def __init__(
+        self: SlotAttention[Tensor], input_size: int, slot_size: int, *, num_slots: int = ..., iterations: int = ...,
+        kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ..., combine_heads: bool = ...,
+        bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ..., normalize: Normalize = ...,
+        softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ..., mlp_size: int | None = ...,
+        mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ..., norm_mlp: bool = ...,
+        norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ..., neumann_terms: int = ...,
+        attention: None = ..., attention_layout: AttentionLayout = ..., attention_heads: AttentionHeads = ...,
+        backend: Backend = ...,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: SlotAttention[tuple[Tensor, Tensor]], input_size: int, slot_size: int, *, num_slots: int = ...,
+        iterations: int = ..., kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ...,
+        combine_heads: bool = ..., bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+        normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ...,
+        mlp_size: int | None = ..., mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ...,
+        norm_mlp: bool = ..., norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ...,
+        neumann_terms: int = ..., attention: Attention, attention_layout: AttentionLayout = ...,
+        attention_heads: AttentionHeads = ..., backend: Backend = ...,
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: SlotAttention[Tensor | tuple[Tensor, Tensor]], input_size: int, slot_size: int, *, num_slots: int = ...,
+        iterations: int = ..., kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ...,
+        combine_heads: bool = ..., bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+        normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ...,
+        mlp_size: int | None = ..., mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ...,
+        norm_mlp: bool = ..., norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ...,
+        neumann_terms: int = ..., attention: Attention | None, attention_layout: AttentionLayout = ...,
+        attention_heads: AttentionHeads = ..., backend: Backend = ...,
+    ) -> None: ...  # fmt: skip
     def __init__(
         self,
         input_size: int,
@@ -135,10 +188,10 @@ class SlotAttention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         eps: float = 1e-8,
-        eps_in: str = "weights",
-        normalize: str = "mean",
-        softmax: str = "slots",
-        update: str = "gru",
+        eps_in: EpsIn = "weights",
+        normalize: Normalize = "mean",
+        softmax: Softmax = "slots",
+        update: Update = "gru",
         normalized_state: bool = False,
         mlp_size: int | None = 128,
         mlp_last: bool = True,
@@ -146,13 +199,13 @@ class SlotAttention(nn.Module):
         norm_slots: bool = True,
         norm_mlp: bool = True,
         norm_eps: float = 1e-5,
-        initial: str = "gaussian",
-        gradient: str = "unrolled",
+        initial: Initial = "gaussian",
+        gradient: Gradient = "unrolled",
         neumann_terms: int = 0,
-        attention: str | None = None,
-        attention_layout: str = "KN",
-        attention_heads: str = "sum",
-        backend: str = "auto",
+        attention: Attention | None = None,
+        attention_layout: AttentionLayout = "KN",
+        attention_heads: AttentionHeads = "sum",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.input_size = _checks.integer("input_size", input_size, at_least=1)
@@ -208,7 +261,7 @@ class SlotAttention(nn.Module):
         self.to_v = nn.Linear(input_size, kvq_size, bias)
         self.combine = nn.Linear(kvq_size, slot_size) if combine_heads else None
         self.gru = nn.GRUCell(updates_size, slot_size) if update == "gru" else None
-        self.mlp = None
+        self.mlp: nn.Sequential | None = None
         if mlp_size is not None:
             self.mlp = nn.Sequential(nn.Linear(slot_size, mlp_size), nn.ReLU(), nn.Linear(mlp_size, slot_size))
 
@@ -222,7 +275,7 @@ class SlotAttention(nn.Module):
         noise: Tensor | None = None,
         slot_mask: Tensor | None = None,
         input_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         """See the class."""
         iterations = self.iterations if iterations is None else _checks.integer("iterations", iterations, at_least=1)
         self._check_inputs(inputs)
@@ -259,7 +312,11 @@ class SlotAttention(nn.Module):
                 slots, _ = self._iterate(x, slots, iterations - 1, False, *masks)
                 slots, A = self._step(x, slots, False, show, *masks)
             slots = cast(slots, initial.dtype)
-            return (slots, self._shown(A, input_mask)) if show else slots
+            result: Any = slots if A is None else (slots, self._shown(A, input_mask))
+            return result
+
+    if TYPE_CHECKING:  # torch has it that a call takes and returns anything
+        __call__ = forward
 
     def draw(self, noise: Tensor) -> Tensor:
         """Initial slots from the learnt Gaussian, or Gaussians, by standard normal noise `(..., K, slot_size)`."""
@@ -269,12 +326,16 @@ class SlotAttention(nn.Module):
 
     def weights(self) -> SlotAttentionWeights:
         """What `slot_attention_module` takes; for the options that it has, see the class."""
+        norm_slots, gru, norm_mlp, mlp = self.norm_slots, self.gru, self.norm_mlp, self.mlp
+        if norm_slots is None or gru is None or norm_mlp is None or mlp is None:
+            raise ValueError("weights: expected a module with norm_slots, gru, norm_mlp and mlp, got one without")
+        first, second = _linears(mlp)
         return SlotAttentionWeights(
-            *(self.norm_slots.weight, self.norm_slots.bias),
+            *(norm_slots.weight, norm_slots.bias),
             *(self.to_q.weight, self.to_k.weight, self.to_v.weight),
-            *(self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh),
-            *(self.norm_mlp.weight, self.norm_mlp.bias),
-            *(self.mlp[0].weight, self.mlp[0].bias, self.mlp[2].weight, self.mlp[2].bias),
+            *(gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh),
+            *(norm_mlp.weight, norm_mlp.bias),
+            *(first.weight, first.bias, second.weight, second.bias),
         )
 
     def extra_repr(self) -> str:
@@ -321,7 +382,6 @@ class SlotAttention(nn.Module):
         self, x: Tensor, slots: Tensor, iterations: int, show: bool, slot_mask: Tensor | None, input_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The slots after some whole iterations and, if it is to be shown, the last A (..., heads, K, N)."""
-        A = None
         if iterations > 0 and slot_mask is None and input_mask is None and self._in_one_operator():
             batch, images = x.shape[:-2], math.prod(x.shape[:-2])
             flat_x, flat_slots = x.reshape(images, *x.shape[-2:]), slots.reshape(images, *slots.shape[-2:])
@@ -331,15 +391,16 @@ class SlotAttention(nn.Module):
                     flat_x, flat_slots, weights, iterations, eps=self.eps, norm_eps=self.norm_eps, scale=self.scale,
                     return_attention=show, backend=self.backend,
                 )  # fmt: skip
-                if show:
-                    out, A = out
-                    A = A.reshape(*batch, 1, *A.shape[-2:])
-                return out.reshape(slots.shape), A
+                if isinstance(out, Tensor):
+                    return out.reshape(slots.shape), None
+                flat_slots, shown = out
+                return flat_slots.reshape(slots.shape), shown.reshape(*batch, 1, *shown.shape[-2:])
+        A: Tensor | None = None
         for t in range(1, iterations + 1):
             slots, A = self._step(x, slots, self.mlp is not None, show and t == iterations, slot_mask, input_mask)
         return slots, A
 
-    @torch._disable_dynamo  # as `torch.compiler.disable`, which would import torch.compile with this file
+    @_disable_dynamo  # as `torch.compiler.disable`, which would import torch.compile with this file
     def _iterate_implicitly(
         self, x: Tensor, slots: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None
     ) -> Tensor:
@@ -389,35 +450,36 @@ class SlotAttention(nn.Module):
             updates = _linear(self.combine, updates)
 
         state = s if self.normalized_state else slots
-        if self.update == "gru":
-            gates = self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh
-            gates = [parameter.to(slots.dtype) for parameter in gates]
+        if self.gru is not None:
+            parameters = self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh
+            gates = [parameter.to(slots.dtype) for parameter in parameters]
             slots = torch.gru_cell(updates.flatten(0, -2), state.flatten(0, -2), *gates).view(slots.shape)
         else:
             slots = state + updates if self.update == "residual" else updates
-        if mlp:
-            slots = slots + _linear(self.mlp[2], _linear(self.mlp[0], _norm(self.norm_mlp, slots)).relu())
+        if mlp and self.mlp is not None:
+            first, second = _linears(self.mlp)
+            slots = slots + _linear(second, _linear(first, _norm(self.norm_mlp, slots)).relu())
         return slots, A
 
     def _competing(
         self, x: Tensor, q: Tensor, show: bool, slot_mask: Tensor | None, input_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The updates (..., heads, K, D / heads), and A (..., heads, K, N) if it is to be shown."""
-        projections = self.to_k.weight, self.to_k.bias, self.to_v.weight, self.to_v.bias
-        updates = slot_attention_from_inputs(
-            x.unsqueeze(-3), q, *(_of_heads(p, self.heads) for p in projections), scale=self.scale, eps=self.eps,
-            eps_in=self.eps_in, normalize=self.normalize, joint_heads=self.joint_heads,
+        (wk, bk), (wv, bv) = (_of_heads(layer, self.heads) for layer in (self.to_k, self.to_v))
+        out = slot_attention_from_inputs(
+            x.unsqueeze(-3), q, wk, bk, wv, bv, scale=self.scale, eps=self.eps, eps_in=self.eps_in,
+            normalize=self.normalize, joint_heads=self.joint_heads,
             slot_mask=None if slot_mask is None else slot_mask.unsqueeze(-2),
             input_mask=None if input_mask is None else input_mask.unsqueeze(-2),
             return_attention=show, backend=self.backend,
         )  # fmt: skip
-        return updates if show else (updates, None)
+        return (out, None) if isinstance(out, Tensor) else out
 
     def _over_inputs(
         self, x: Tensor, q: Tensor, show: bool, slot_mask: Tensor | None, input_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """The same where each slot's attention sums to 1 over the inputs: keys and values are not made here, either."""
-        wk, wv, bv = (_of_heads(p, self.heads) for p in (self.to_k.weight, self.to_v.weight, self.to_v.bias))
+        (wk, _), (wv, bv) = (_of_heads(layer, self.heads) for layer in (self.to_k, self.to_v))
         x = x.to(q.dtype).unsqueeze(-3)
         if input_mask is None:
             A = (self.scale * q @ wk.to(q.dtype) @ x.mT).softmax(-1)
@@ -431,7 +493,7 @@ class SlotAttention(nn.Module):
         updates = (A @ x) @ wv.to(q.dtype).mT
         if bv is not None:
             updates = updates + A.sum(-1, keepdim=True) * bv.to(q.dtype).unsqueeze(-2)
-        return updates, A
+        return updates, A if show else None
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -469,9 +531,16 @@ def _norm(layer: nn.LayerNorm | None, x: Tensor) -> Tensor:
     return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
 
 
-def _of_heads(parameter: Tensor | None, heads: int) -> Tensor | None:
-    """(heads, width of one, ...) of a projection's weight or bias."""
-    return None if parameter is None else parameter.unflatten(0, (heads, -1))
+def _linears(mlp: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    """The MLP's two."""
+    layers: Any = mlp  # for type checkers: a Sequential takes them for any modules
+    return layers[0], layers[2]
+
+
+def _of_heads(layer: nn.Linear, heads: int) -> tuple[Tensor, Tensor | None]:
+    """A projection's weight (heads, width of one, width of x) and bias (heads, width of one)."""
+    bias = None if layer.bias is None else layer.bias.unflatten(0, (heads, -1))
+    return layer.weight.unflatten(0, (heads, -1)), bias
 
 
 # --- weights of others -----------------------------------------------------------------------------------------------
@@ -544,6 +613,7 @@ _INITIAL = {"log_sigma": r"log_?sigma", "sigma": r"sigma", "mu": r"(^|[._])mu|sl
 
 def _roles(weights: Mapping[str, Tensor], argument: str) -> dict[str, str]:
     """The names of weights by what they are for: the parameters of `SlotAttention`, and "sigma"."""
+    role: str | None
     roles: dict[str, str] = {}
     mlp: list[str] = []  # its linear layers, in the order in which they are applied
     for name, x in weights.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import autocast_dtype, differentiable_once, signature_kept
 from iio_kernels._numerics import arithmetic_dtype
+from iio_kernels._options import Backend
 from iio_kernels.ops.broadcast import reference
 from iio_kernels.ops.broadcast.reference import Classes
 
@@ -24,7 +25,7 @@ def broadcast_conv2d(
     padding: int | tuple[int, int] = 0,
     transposed: bool = False,
     relu: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """What a convolution makes of z, broadcast to a grid, plus what it makes of all else: without that grid.
 
@@ -80,8 +81,8 @@ def broadcast_conv2d(
     promoted = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), position_map.dtype)
     slots, weight, position_map = (x.to(arithmetic) for x in (z.reshape(-1, z.shape[-1]), weight, position_map))
     kinds = [reference.classes(*axis) for axis in axes]
-    taps = [reference.inside(own, *axis, slots) for own, axis in zip(kinds, axes, strict=True)]
-    constant = reference.constants(slots, weight, *taps, transposed)
+    row_taps, column_taps = (reference.inside(own, *axis, slots) for own, axis in zip(kinds, axes, strict=True))
+    constant = reference.constants(slots, weight, row_taps, column_taps, transposed)
     out = _spread(constant, position_map.permute(1, 2, 0), *kinds, relu, autocast_dtype(device, promoted), name)
     return out.reshape(*z.shape[:-1], *out.shape[1:]).movedim(-1, -3)
 
@@ -123,10 +124,10 @@ class BroadcastFunction(torch.autograd.Function):
 
 def _spread(*arguments: Any) -> Tensor:
     """`BroadcastFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *arguments, backend = arguments
+    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*arguments)
-    return BroadcastFunction.apply(*arguments, backend)
+        return reference.forward(*others)
+    return BroadcastFunction.apply(*others, backend)
 
 
 def _check(

@@ -67,7 +67,8 @@ class Case:
         shapes = (*self.batch, self.D), (*channels, *self.kernel), self.result
         z, weight, position_map = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
         weight /= math.sqrt(self.D * math.prod(self.kernel))
-        return tuple(x.to(dtype).to(device) for x in (z, weight, position_map)), self.options
+        z, weight, position_map = (x.to(dtype).to(device) for x in (z, weight, position_map))
+        return (z, weight, position_map), self.options
 
     def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
         """The least traffic: the result written; with `backward` that of the backward pass alone, its gradient read."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once, signature_kept
 from iio_kernels._docs import documented
+from iio_kernels._options import Backend, Reduction
 from iio_kernels.ops.composition import reference
 
 # What the public functions say in the same words; `documented` puts it in place of {these names}.
@@ -29,7 +30,7 @@ _SHARED = {
 
 
 @documented(_SHARED)
-def compose(decoded: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def compose(decoded: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The slots' pictures under their masks, which are a softmax over slots, and those masks.
 
         masks[k]       = softmax over the slots k of decoded[k, C]
@@ -66,20 +67,25 @@ def compose(decoded: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
 
 @overload
 def composition_error(
-    image: Tensor, decoded: Tensor, *, return_masks: Literal[False] = ..., **options: Any
-) -> Tensor: ...
+    image: Tensor, decoded: Tensor, *, reduction: Reduction = ..., return_masks: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def composition_error(
-    image: Tensor, decoded: Tensor, *, return_masks: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
+    image: Tensor, decoded: Tensor, *, reduction: Reduction = ..., return_masks: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def composition_error(
+    image: Tensor, decoded: Tensor, *, reduction: Reduction = ..., return_masks: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @documented(_SHARED)
 def composition_error(
     image: Tensor,
     decoded: Tensor,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_masks: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """How far the composed slots are from an image: the mean squared error of `compose`'s reconstruction.
 
@@ -153,12 +159,12 @@ class CompositionFunction(torch.autograd.Function):
         return d_decoded, d_image, None, None, None
 
 
-def _compose(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _compose(*arguments: Any) -> tuple[Any, Any, Any]:
     """`CompositionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *arguments, backend = arguments
+    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*arguments)
-    return CompositionFunction.apply(*arguments, backend)
+        return reference.forward(*others)
+    return CompositionFunction.apply(*others, backend)
 
 
 def _check(decoded: Tensor, image: Tensor | None = None) -> None:

@@ -29,8 +29,8 @@ def forward(
     All in the dtype of the arithmetic.
     """
     with without_autocast(decoded.device):
-        _, a, x_hat, x = _compose(decoded, image)
-        errors = None if x is None else (x_hat - x).square().mean((1, 2, 3))
+        _, a, x_hat = _compose(decoded, image)
+        errors = None if image is None else (x_hat - image.to(x_hat.dtype)).square().mean((1, 2, 3))
         return x_hat if return_reconstruction else None, a if return_masks else None, errors
 
 
@@ -52,12 +52,12 @@ def backward(
         d_alpha_k   = a_k (da_k - sum_j a_j da_j)
     """
     with without_autocast(decoded.device):
-        rgb, a, x_hat, x = _compose(decoded, image)
+        rgb, a, x_hat = _compose(decoded, image)
         d_x_hat = torch.zeros_like(x_hat) if d_x_hat is None else d_x_hat
         da = torch.zeros_like(a) if da is None else da
         d_image = None
-        if g is not None:
-            through_error = 2 * g[:, None, None, None] * (x_hat - x) / x.shape[1:].numel()
+        if g is not None and image is not None:
+            through_error = 2 * g[:, None, None, None] * (x_hat - image.to(x_hat.dtype)) / image.shape[1:].numel()
             d_x_hat = d_x_hat + through_error
             d_image = -through_error.to(image.dtype) if needs_image_gradient else None
         da = da + (d_x_hat.unsqueeze(1) * rgb).sum(2)
@@ -66,11 +66,9 @@ def backward(
         return torch.cat([d_rgb, d_alpha.unsqueeze(2)], 2).to(decoded.dtype), d_image
 
 
-def _compose(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """rgb (B, K, C, H, W), a (B, K, H, W), x_hat (B, C, H, W), x (B, C, H, W), in the dtype of the arithmetic."""
-    dtype = arithmetic_dtype(decoded, image)
-    decoded = decoded.to(dtype)
+def _compose(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """rgb (B, K, C, H, W), a (B, K, H, W), x_hat (B, C, H, W), in the dtype of the arithmetic with the image."""
+    decoded = decoded.to(arithmetic_dtype(decoded, image))
     rgb, alpha = decoded[:, :, :-1], decoded[:, :, -1]
     a = alpha.softmax(1)
-    x_hat = (a.unsqueeze(2) * rgb).sum(1)
-    return rgb, a, x_hat, None if image is None else image.to(dtype)
+    return rgb, a, (a.unsqueeze(2) * rgb).sum(1)

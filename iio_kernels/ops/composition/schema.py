@@ -58,9 +58,9 @@ def calls(
         image: Tensor | None,
         needs_image_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        needs_image_gradient = needs_image_gradient and g is not None
-        d_decoded, d_image = ops.composition_backward(d_x_hat, da, g, *inputs(decoded, image), needs_image_gradient)
-        return d_decoded.to(decoded.dtype), d_image.to(image.dtype) if needs_image_gradient else None
+        wanted = image if needs_image_gradient and g is not None else None
+        d_decoded, d_image = ops.composition_backward(d_x_hat, da, g, *inputs(decoded, image), wanted is not None)
+        return d_decoded.to(decoded.dtype), None if wanted is None else d_image.to(wanted.dtype)
 
     return forward, backward
 

@@ -101,7 +101,7 @@ def _composition_forward(
     squares = None if x is None else errors.new_empty((len(errors), how["blocks"]))
     results = x_hat if return_reconstruction else None, a if return_masks else None, squares
     launch(_forward, WARPS, how, dense(decoded), x, *strides(x), *results)
-    return x_hat, a, errors if squares is None else squares.sum(1) / image.shape[1:].numel()
+    return x_hat, a, errors if image is None or squares is None else squares.sum(1) / image.shape[1:].numel()
 
 
 def _composition_backward(

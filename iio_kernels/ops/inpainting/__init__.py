@@ -10,6 +10,7 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once, signature_kept
 from iio_kernels._docs import documented
+from iio_kernels._options import InpaintingBackend, Reduction, Terms
 from iio_kernels.ops.inpainting import reference, sampling
 from iio_kernels.ops.inpainting.reference import Inpainter
 from iio_kernels.ops.inpainting.sampling import Draw
@@ -44,11 +45,11 @@ def iio_loss(
     kernel_size: int = 11,
     repeats: int = 2,
     eps: float = 1e-8,
-    terms: str = "sum",
-    reduction: str = "mean",
+    terms: Terms = "sum",
+    reduction: Reduction = "mean",
     subsets: int | None = None,
     generator: torch.Generator | None = None,
-    backend: str = "auto",
+    backend: InpaintingBackend = "auto",
 ) -> Tensor:
     """The Interaction Information Optimization loss: minimise it to make masks that cannot predict one another.
 
@@ -105,10 +106,12 @@ def iio_loss(
     _checks.option("terms", terms, ("sum", "mean"))
     _checks.option("reduction", reduction, ("mean", "sum", "none"))
     draw = _draw(image, masks, subsets, generator)
-    if name == "reference" and draw is None:
-        losses = -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
-    elif name == "reference":
-        losses = reference.sampled_loss(image, masks, inpainter, draw)
+    if name == "reference":
+        losses = (
+            -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
+            if draw is None
+            else reference.sampled_loss(image, masks, inpainter, draw)
+        )
     else:
         image, masks = _inputs(image, masks)
         needs_gradient = image.requires_grad, masks.requires_grad
@@ -128,7 +131,7 @@ def conditional_entropies(
     kernel_size: int = 11,
     repeats: int = 2,
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: InpaintingBackend = "auto",
 ) -> Tensor:
     """How badly each mask's pixels are predicted from each set of other masks: every term of the IIO loss.
 
@@ -172,7 +175,7 @@ def interaction_information(
     kernel_size: int = 11,
     repeats: int = 2,
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: InpaintingBackend = "auto",
 ) -> Tensor:
     """The interaction information of all masks, centred on each of them in turn and normalised by its size.
 
@@ -220,7 +223,7 @@ def inpaint(
     kernel_size: int = 11,
     repeats: int = 2,
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: InpaintingBackend = "auto",
 ) -> Tensor:
     """Predict the whole image from the pixels under each mask, by a normalised Gaussian filter.
 
@@ -304,7 +307,7 @@ class IIOLossFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = _backends.implementation("inpainting", backend)
-        draw = None if pairs is None else Draw(pairs, weights)
+        draw = None if pairs is None or weights is None else Draw(pairs, weights)
         return kernels.loss_and_gradient(image, masks, inpainter, *needs_gradient, draw)
 
     @staticmethod

@@ -84,13 +84,14 @@ def _copied(K: int, pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def design(K: int, pairs: int) -> tuple[list[int], list[float]]:
     """P = `pairs` distinct pairs, or all there are if these are fewer, each with its weight."""
-    words, weights = [], []
+    words: list[int] = []
+    weights: list[float] = []
     together = torch.zeros(K, K, dtype=torch.float64, device="cpu")  # sum of w x x^T
     for size, count in _allocation(K, pairs).items():
         weight = _number(K, size) / count
         candidates = _candidates(K, size, count)
-        x = [[1.0 if word >> i & 1 else -1.0 for i in range(K)] for word in candidates]
-        x = torch.tensor(x, dtype=torch.float64, device="cpu")
+        signs = [[1.0 if word >> i & 1 else -1.0 for i in range(K)] for word in candidates]
+        x = torch.tensor(signs, dtype=torch.float64, device="cpu")
         chosen = range(count) if count == len(candidates) else _least_together(x, together, weight, count)
         together += weight * x[list(chosen)].T @ x[list(chosen)]
         words += [candidates[k] for k in chosen]
@@ -137,10 +138,10 @@ def _candidates(K: int, size: int, count: int) -> list[int]:
     rest = range(1 if half else 0, K)
     most = max(CANDIDATES, 4 * count)
     if _number(K, size) <= most:
-        sets = itertools.combinations(rest, size - half)
+        sets = list(itertools.combinations(rest, size - half))
     else:
-        shuffle, found = random.Random(size), {}
+        shuffle, found = random.Random(size), dict[tuple[int, ...], None]()
         while len(found) < most:
             found[tuple(sorted(shuffle.sample(rest, size - half)))] = None
-        sets = found
+        sets = list(found)
     return [sum(1 << i for i in members) + half for members in sets]

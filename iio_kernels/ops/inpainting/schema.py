@@ -7,6 +7,7 @@ for has no elements.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ _OPTIONS = "float sigma, int kernel_size, int repeats, float eps"
 _INPUTS = f"Tensor image, Tensor masks, {_OPTIONS}"
 _LOSS = "bool image_gradient, bool masks_gradient) -> (Tensor losses, Tensor dimage, Tensor dmasks)"
 
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "iio_loss": (f"({_INPUTS}, {_LOSS}", _iio_loss),
     # pairs (B, P) int64 and weights (P,): see sampling.Draw.
     "sampled_iio_loss": (

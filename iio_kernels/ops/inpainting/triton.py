@@ -13,6 +13,8 @@ The filter F is repeated passes of the Gaussian with zeros outside, plus eps tim
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -762,7 +764,7 @@ def _block(rows: int, length: int, least: int, most: int) -> tuple[int, int]:
     return max(least // columns, 1), columns
 
 
-def _launch(kernel: triton.JITFunction, programs: int, *arguments: object, threads: int = 128, **constants: object):
+def _launch(kernel: Any, programs: int, *arguments: Any, threads: int = 128, **constants: Any) -> None:
     """Launch on the tensors' device, which need not be the current one.
 
     No product is fused with a sum behind the kernels' back: what is equal on paper is to cancel.
@@ -776,7 +778,7 @@ def _launch(kernel: triton.JITFunction, programs: int, *arguments: object, threa
 class _Call:
     """An operator's inputs, its scratch memory, and the launches that operators share."""
 
-    def __init__(self, image: Tensor, masks: Tensor, *inpainter: float) -> None:
+    def __init__(self, image: Tensor, masks: Tensor, *inpainter: Any) -> None:
         self.image, self.masks, self.inpainter = image, masks, Inpainter(*inpainter)
         self.B, self.C, self.H, self.W = image.shape
         self.K, self.pixels = masks.shape[1], self.H * self.W
@@ -792,7 +794,7 @@ class _Call:
     def empty(self, *shape: int) -> Tensor:
         return self.image.new_empty(shape, dtype=self.dtype)
 
-    def blocks(self, rows: int) -> tuple[int, dict[str, object]]:
+    def blocks(self, rows: int) -> tuple[int, dict[str, Any]]:
         """How many programs take all pixels of so many rows, and their blocks."""
         ROWS, BLOCK = _block(rows, self.pixels, *PIXELS)
         return triton.cdiv(rows, ROWS) * triton.cdiv(self.pixels, BLOCK), {"ROWS": ROWS, "BLOCK": BLOCK}
@@ -883,7 +885,9 @@ def _sampled_iio_loss(
     return _loss(image, masks, (pairs.contiguous(), weights.contiguous()), *options)
 
 
-def _loss(image: Tensor, masks: Tensor, listed: tuple[Tensor, Tensor] | None, *options: float) -> tuple[Tensor, ...]:
+def _loss(
+    image: Tensor, masks: Tensor, listed: tuple[Tensor, Tensor] | None, *options: float
+) -> tuple[Tensor, Tensor, Tensor]:
     *inpainter, image_gradient, masks_gradient = options
     call = _Call(image, masks, *inpainter)
     dimage = call.empty(*image.shape) if image_gradient else None
@@ -899,7 +903,8 @@ def _loss(image: Tensor, masks: Tensor, listed: tuple[Tensor, Tensor] | None, *o
         losses = parts.sum(1)
     if image_gradient or masks_gradient:
         call.gradients(dimage, dmasks, dots)
-    return losses, *(call.empty(0) if x is None else x for x in (dimage, dmasks))
+    dimage, dmasks = (call.empty(0) if x is None else x for x in (dimage, dmasks))
+    return losses, dimage, dmasks
 
 
 def _conditional_entropies(image: Tensor, masks: Tensor, *inpainter: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once, signature_kept, without_autocast
 from iio_kernels._numerics import arithmetic_dtype, cast
+from iio_kernels._options import Backend
 from iio_kernels.ops.iterations import reference
 from iio_kernels.ops.iterations.reference import Maps
 from iio_kernels.ops.slot_attention import slot_attention_from_inputs
@@ -42,14 +43,19 @@ class SlotAttentionWeights(NamedTuple):
 
 @overload
 def slot_attention_module(
-    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, *,
-    return_attention: Literal[False] = ..., **options: Any,
+    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, *, eps: float = ...,
+    norm_eps: float = ..., scale: float | None = ..., return_attention: Literal[False] = ..., backend: Backend = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def slot_attention_module(
-    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, *,
-    return_attention: Literal[True], **options: Any,
+    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, *, eps: float = ...,
+    norm_eps: float = ..., scale: float | None = ..., return_attention: Literal[True], backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def slot_attention_module(
+    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, *, eps: float = ...,
+    norm_eps: float = ..., scale: float | None = ..., return_attention: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def slot_attention_module(
     x: Tensor,
     slots: Tensor,
@@ -60,7 +66,7 @@ def slot_attention_module(
     norm_eps: float = 1e-5,
     scale: float | None = None,
     return_attention: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """All iterations of Slot Attention: attention, GRU and residual MLP, without ever making keys or values.
 
@@ -134,6 +140,7 @@ def slot_attention_module(
             f"backend: 'triton' has no kernels for {slots.shape[1]} slots and features of "
             f"{slots.shape[2]}, {x.shape[2]} and {len(weights.w1)}: expected one of 'auto', 'reference'"
         )
+    A: Tensor | None
     with without_autocast(device):
         dtype = arithmetic_dtype(x, slots, *weights)
         s, weights = slots.to(dtype), SlotAttentionWeights(*(w.to(dtype) for w in weights))
@@ -142,7 +149,8 @@ def slot_attention_module(
         else:
             maps = _maps(weights, scale)
             s, A, _ = _iterate(x, s, maps, iterations, eps, norm_eps, return_attention, name)
-    return (cast(s, slots.dtype), A) if return_attention else cast(s, slots.dtype)
+    s = cast(s, slots.dtype)
+    return (s, A) if return_attention and A is not None else s
 
 
 @signature_kept

@@ -115,7 +115,8 @@ def backward(
     """
     T, D, Dx, H = tape.shape[1], wj.shape[1], x.shape[2], len(w1)
     with without_autocast(x.device):
-        inputs, dx, made = x.to(tape.dtype), 0, []
+        inputs, made = x.to(tape.dtype), []
+        dx = torch.zeros_like(inputs)
         for t in reversed(range(T)):
             s_hat, M, s, h_hat, y, p, r, z, n, j_n, S, s_share, h_share = tape[:, t].split(on_tape(D, Dx, H), -1)
             dy = (ds @ w2).masked_fill(y <= 0, 0)

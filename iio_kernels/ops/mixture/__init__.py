@@ -10,6 +10,7 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once, signature_kept
 from iio_kernels._docs import documented
+from iio_kernels._options import Backend
 from iio_kernels.ops.mixture import reference
 
 # What the public functions say in the same words; `documented` puts it in place of {these names}.
@@ -48,7 +49,7 @@ class SpatialMixture(NamedTuple):
 
 
 @documented(_SHARED)
-def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backend: str = "auto") -> SpatialMixture:
+def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backend: Backend = "auto") -> SpatialMixture:
     """The image's likelihood under a Gaussian mixture of the slots at every pixel, and all that IODINE refines from.
 
         masks[k]         m_k = softmax over the slots k of l_k
@@ -102,12 +103,13 @@ def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backe
     _check(image, decoded, least_slots=2)
     sigma = _checks.number("sigma", sigma, above=0)
     name = _backends.choose("mixture", backend, _checks.same_device(image=image, decoded=decoded))
-    *results, d_decoded = _mix(image, decoded, sigma, True, name)
-    return SpatialMixture(*results, d_decoded, d_decoded[:, :, :-1], d_decoded[:, :, -1])
+    log_likelihood, masks, posterior, leave_one_out, d_decoded = _mix(image, decoded, sigma, True, name)
+    d_means, d_logits = d_decoded[:, :, :-1], d_decoded[:, :, -1]
+    return SpatialMixture(log_likelihood, masks, posterior, leave_one_out, d_decoded, d_means, d_logits)
 
 
 @documented(_SHARED)
-def mixture_log_likelihood(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backend: str = "auto") -> Tensor:
+def mixture_log_likelihood(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backend: Backend = "auto") -> Tensor:
     """`spatial_mixture`'s log_likelihood alone: for a loss or a score after which nothing is refined.
 
     Args:
@@ -175,13 +177,14 @@ class MixtureFunction(torch.autograd.Function):
         return d_image, d_decoded, None, None, None
 
 
-def _mix(*arguments: Any) -> tuple[Tensor | None, ...]:
+def _mix(*arguments: Any) -> tuple[Any, Any, Any, Any, Any]:
     """`MixtureFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *arguments, backend = arguments
+    *others, backend = arguments
     if backend == "reference":
-        *results, leave_one_out, d_decoded = reference.forward(*arguments)
-        return *results, *(None if x is None else x.detach() for x in (leave_one_out, d_decoded))
-    return MixtureFunction.apply(*arguments, backend)
+        log_likelihood, masks, posterior, *constant = reference.forward(*others)
+        leave_one_out, d_decoded = (None if x is None else x.detach() for x in constant)
+        return log_likelihood, masks, posterior, leave_one_out, d_decoded
+    return MixtureFunction.apply(*others, backend)
 
 
 def _check(image: Tensor, decoded: Tensor, least_slots: int) -> None:

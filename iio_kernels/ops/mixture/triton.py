@@ -131,13 +131,13 @@ NUMBERS, WARPS = 512, 1
 def _mixture_forward(
     image: Tensor, decoded: Tensor, sigma: float, everything: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    log_p, *others = schema.new_results(image, decoded, sigma, everything)
+    log_p, masks, posterior, leave_one_out, d_decoded = schema.new_results(image, decoded, sigma, everything)
     x = evenly_spaced(image)
     how = settings(decoded, log_p.dtype, NUMBERS, x)
-    results = log_p, *(others if everything else [None] * 4)
+    results = log_p, *((masks, posterior, leave_one_out, d_decoded) if everything else [None] * 4)
     constants = 1 / sigma**2, -image.shape[1] * math.log(sigma * math.sqrt(2 * math.pi))
     launch(_forward, WARPS, how, dense(decoded), x, *strides(x), *results, *constants)
-    return log_p, *others
+    return log_p, masks, posterior, leave_one_out, d_decoded
 
 
 def _mixture_backward(

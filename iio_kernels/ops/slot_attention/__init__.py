@@ -10,18 +10,29 @@ from torch import Tensor
 from iio_kernels import _backends, _checks
 from iio_kernels._autograd import differentiable_once, signature_kept, without_autocast
 from iio_kernels._numerics import arithmetic_dtype, divide
+from iio_kernels._options import Backend, EpsIn, Normalize
 from iio_kernels.ops.slot_attention import reference
 from iio_kernels.ops.slot_attention.reference import Options
 
 
 @overload
 def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_attention: Literal[False] = ..., **options: Any
-) -> Tensor: ...
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+    normalize: Normalize = ..., joint_heads: bool = ..., slot_mask: Tensor | None = ...,
+    input_mask: Tensor | None = ..., return_attention: Literal[False] = ..., backend: Backend = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_attention: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+    normalize: Normalize = ..., joint_heads: bool = ..., slot_mask: Tensor | None = ...,
+    input_mask: Tensor | None = ..., return_attention: Literal[True], backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+    normalize: Normalize = ..., joint_heads: bool = ..., slot_mask: Tensor | None = ...,
+    input_mask: Tensor | None = ..., return_attention: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def slot_attention(
     q: Tensor,
     k: Tensor,
@@ -29,13 +40,13 @@ def slot_attention(
     *,
     scale: float | None = None,
     eps: float = 1e-8,
-    eps_in: str = "weights",
-    normalize: str = "mean",
+    eps_in: EpsIn = "weights",
+    normalize: Normalize = "mean",
     joint_heads: bool = False,
     slot_mask: Tensor | None = None,
     input_mask: Tensor | None = None,
     return_attention: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One attention step of Slot Attention: slots compete for inputs, each then takes the mean of what it won.
 
@@ -96,19 +107,29 @@ def slot_attention(
     values = None if v is k else v
     U, _, A = _attend(q, k, values, None, slot_mask, input_mask, options, return_attention, name)
     U = U.to(v.dtype)
-    return (U, A) if return_attention else U
+    return U if A is None else (U, A)
 
 
 @overload
 def slot_attention_from_inputs(
-    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *,
-    return_attention: Literal[False] = ..., **options: Any,
+    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *, scale: float | None = ...,
+    eps: float = ..., eps_in: EpsIn = ..., normalize: Normalize = ..., joint_heads: bool = ...,
+    slot_mask: Tensor | None = ..., input_mask: Tensor | None = ..., return_attention: Literal[False] = ...,
+    backend: Backend = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def slot_attention_from_inputs(
-    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *,
-    return_attention: Literal[True], **options: Any,
+    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *, scale: float | None = ...,
+    eps: float = ..., eps_in: EpsIn = ..., normalize: Normalize = ..., joint_heads: bool = ...,
+    slot_mask: Tensor | None = ..., input_mask: Tensor | None = ..., return_attention: Literal[True],
+    backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def slot_attention_from_inputs(
+    x: Tensor, q: Tensor, wk: Tensor, bk: Tensor | None, wv: Tensor, bv: Tensor | None, *, scale: float | None = ...,
+    eps: float = ..., eps_in: EpsIn = ..., normalize: Normalize = ..., joint_heads: bool = ...,
+    slot_mask: Tensor | None = ..., input_mask: Tensor | None = ..., return_attention: bool, backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def slot_attention_from_inputs(
     x: Tensor,
     q: Tensor,
@@ -119,13 +140,13 @@ def slot_attention_from_inputs(
     *,
     scale: float | None = None,
     eps: float = 1e-8,
-    eps_in: str = "weights",
-    normalize: str = "mean",
+    eps_in: EpsIn = "weights",
+    normalize: Normalize = "mean",
     joint_heads: bool = False,
     slot_mask: Tensor | None = None,
     input_mask: Tensor | None = None,
     return_attention: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`slot_attention(q, x @ wk.mT + bk, x @ wv.mT + bv, ...)`, without ever making keys or values.
 
@@ -185,7 +206,7 @@ def slot_attention_from_inputs(
         U = U @ wv.to(dtype).mT
         if bv is not None:
             U = U + _sum_of_weights(S, options).unsqueeze(-1) * bv.to(dtype).unsqueeze(-2)
-        return (U.to(x.dtype), A) if return_attention else U.to(x.dtype)
+        return U.to(x.dtype) if A is None else (U.to(x.dtype), A)
 
 
 def _sum_of_weights(S: Tensor, options: Options) -> Tensor:
@@ -243,13 +264,15 @@ class SlotAttentionFunction(torch.autograd.Function):
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """`SlotAttentionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *arguments, backend = arguments
+    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*arguments)
-    return SlotAttentionFunction.apply(*arguments, backend)
+        return reference.forward(*others)
+    return SlotAttentionFunction.apply(*others, backend)
 
 
-def _options(q: Tensor, scale: float | None, eps: float, eps_in: str, normalize: str, joint_heads: bool) -> Options:
+def _options(
+    q: Tensor, scale: float | None, eps: float, eps_in: EpsIn, normalize: Normalize, joint_heads: bool
+) -> Options:
     _checks.option("eps_in", eps_in, ("weights", "denominator"))
     _checks.option("normalize", normalize, ("mean", "sum"))
     return Options(

@@ -76,12 +76,14 @@ def calls(namespace: str, inputs: Callable[..., tuple], widens: bool) -> tuple[C
         read = inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
         if widens:
             dU, dA = dU.to(U.dtype), None if dA is None else dA.to(U.dtype)
-        dU, dA, U = (None if x is None else four(x, options, 2) for x in (dU, dA, U))
-        dS, S = (None if x is None else four(x, options, 1) for x in (dS, S))
-        gradients = ops.slot_attention_backward(dU, dS, dA, *read, U, S, *arguments(options))
-        return tuple(
-            None if x is None else gradient.view(x.shape).to(x.dtype)
-            for gradient, x in zip(gradients, (q, k, v, logit_bias), strict=True)
+        dU, U, S = four(dU, options, 2), four(U, options, 2), four(S, options, 1)
+        dS, dA = None if dS is None else four(dS, options, 1), None if dA is None else four(dA, options, 2)
+        dq, dk, dv, dlogit_bias = ops.slot_attention_backward(dU, dS, dA, *read, U, S, *arguments(options))
+        return (
+            dq.view(q.shape).to(q.dtype),
+            dk.view(k.shape).to(k.dtype),
+            None if v is None else dv.view(v.shape).to(v.dtype),
+            None if logit_bias is None else dlogit_bias.view(logit_bias.shape).to(logit_bias.dtype),
         )
 
     return forward, backward

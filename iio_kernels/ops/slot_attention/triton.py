@@ -584,7 +584,8 @@ def slot_attention_backward(
     """The operator of schema.py."""
     call, inputs = Call("backward", q, k, v), (q, k, v, logit_bias, slot_mask, input_mask)
     incoming = U, S, dU, dS, dA
-    dq, dk, dv, dlogit_bias = (None if x is None else call.new(*x.shape, dtype=x.dtype) for x in inputs[:4])
+    dq, dk = (call.new(*x.shape, dtype=x.dtype) for x in (q, k))
+    dv, dlogit_bias = (None if x is None else call.new(*x.shape, dtype=x.dtype) for x in (v, logit_bias))
     dq_sums = call.new(call.chunks, call.groups, call.K, call.DK)
     dlogit_bias_sums = None if logit_bias is None else call.new(call.chunks, call.groups, call.K)
     normaliser, dots = call.launch_heads(inputs, incoming, scale, normalize) if joint_heads else (None, None)

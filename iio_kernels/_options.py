@@ -1,0 +1,23 @@
+"""The options that are one of some words, for type checkers; what comes is checked elsewhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: Of every operation but those of inpainting, which has another one.
+Backend = Literal["auto", "cpu", "triton", "reference"]
+InpaintingBackend = Literal["auto", "cpu", "triton", "cuda", "reference"]
+
+EpsIn = Literal["weights", "denominator"]
+Normalize = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
+Terms = Literal["sum", "mean"]
+
+# Of `nn.SlotAttention`.
+Softmax = Literal["slots", "inputs"]
+Update = Literal["gru", "residual", "replace"]
+Initial = Literal["gaussian", "gaussians", "queries", "given"]
+Gradient = Literal["unrolled", "implicit", "bilevel"]
+Attention = Literal["softmax", "weights"]
+AttentionLayout = Literal["KN", "NK"]
+AttentionHeads = Literal["sum", "mean", "separate"]
