@@ -16,6 +16,7 @@ import torch
 
 from iio_kernels import _build, _triton
 from iio_kernels._compile import constant_when_compiled
+from iio_kernels._options import Present
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Backend:
 
 
 #: In order of preference: "auto" takes the first that serves the tensors' device.
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[Present, Backend] = {
     "cpu": Backend(device_types=("cpu",), missing=_build.missing),
     "triton": Backend(device_types=("cuda", "cpu") if _triton.INTERPRETED else ("cuda",), missing=_triton.missing),
     "cuda": Backend(device_types=("cuda",), missing=_build.cuda_missing, operations=("inpainting",)),
@@ -47,7 +48,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def backends() -> dict[str, str | None]:
+def backends() -> dict[Present, str | None]:
     """The backends of this package: for each name None where it can be used here, otherwise why it cannot.
 
     >>> iio_kernels.backends()
@@ -65,6 +66,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         ValueError: there is no backend of that name, or it does not have this operation or serve this kind of device.
         RuntimeError: it serves this kind of device, but not on this machine.
     """
+    candidates: dict[str, Backend]
     candidates = {name: candidate for name, candidate in BACKENDS.items() if op in candidate.operations}
     if backend == "auto":
         return next(
@@ -78,9 +80,9 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend not in candidates:
         raise ValueError(f"backend: {backend!r} has no kernels of this function: expected one of {names}")
-    reason = BACKENDS[backend].refuses(device)
+    reason = candidates[backend].refuses(device)
     if reason is not None:
-        kind = RuntimeError if reason == BACKENDS[backend].missing() else ValueError
+        kind = RuntimeError if reason == candidates[backend].missing() else ValueError
         raise kind(f"backend: {backend!r} cannot be used: {reason}")
     return backend
 

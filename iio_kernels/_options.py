@@ -1,10 +1,11 @@
-"""The options that are one of some words, for type checkers; what comes is checked elsewhere."""
+"""The options that are one of some words, as type checkers know them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-#: Of every operation but those of inpainting, which has another one.
+Present = Literal["cpu", "triton", "cuda", "reference"]
+#: Of every operation but those of inpainting, which have one more.
 Backend = Literal["auto", "cpu", "triton", "reference"]
 InpaintingBackend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 

@@ -292,6 +292,7 @@ def test_the_wheel_holds_the_package_and_its_sources_alone(shipped, tmp_path):
     inside = {name for name in names if ".dist-info" not in name}
     assert {f"iio_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= inside
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "iio_kernels").rglob("*.py")} <= inside
+    assert "iio_kernels/py.typed" in inside  # without it type checkers take the package for untyped
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     program = "import iio_kernels, iio_kernels._build as b; print(b.sources())"
     process = start(tmp_path / "cache", "c++", program, PYTHONPATH=str(tmp_path / "installed"))
@@ -304,6 +305,7 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(shipped, tmp_path):
         names = {name.split("/", 1)[-1] for name in file.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "iio_kernels").rglob("*.py")} <= names
+    assert "iio_kernels/py.typed" in names
 
 
 # --- memory and undefined behaviour -------------------------------------------------------------------------

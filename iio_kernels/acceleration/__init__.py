@@ -179,7 +179,8 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(_rewritten(module, []), example_inputs, config_patches=patches or None)
+    compiled: Any = compile_fx(_rewritten(module, []), example_inputs, config_patches=patches or None)
+    return compiled
 
 
 class Accelerated:
@@ -236,12 +237,12 @@ def _transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined] # public, but not in torch.jit's __all__
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
-def _with_cache_of_its_own(forward: Callable) -> Callable:
+def _with_cache_of_its_own(forward: Any) -> Callable:
     """A method of a copy of its code, by which torch.compile counts traces: instances would share them, and floats in
     which they differ become symbols."""
     f = getattr(forward, "__func__", None)
@@ -292,7 +293,7 @@ def _accelerate(model: nn.Module, args: tuple, kwargs: dict, report: Report) -> 
 
 def _best(stack: tuple[nn.Module, ...], watch: _Watch, paths: dict[nn.Module, str]) -> tuple[Accelerated, Entry]:
     """Of the module that takes a softmax and those around it, the one to replace: that which makes keys and values."""
-    best = None
+    best: tuple[Accelerated, Entry] | None = None
     for module in stack[: -2 - LEVELS : -1]:
         fast = Accelerated(module)
         entry = _tried(fast, paths[module], *watch.calls[module])
@@ -303,6 +304,7 @@ def _best(stack: tuple[nn.Module, ...], watch: _Watch, paths: dict[nn.Module, st
             best = fast, entry
         if "_from_inputs" in entry.what or not (entry.accelerated or ESCAPES in entry.what):
             break
+    assert best is not None  # a stack holds a module
     return best
 
 
@@ -418,6 +420,7 @@ def _as_before(model: nn.Module, *arguments: Any) -> Iterator[None]:
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     held = [x for _, attributes, buffers in kept for x in (*attributes.values(), *buffers.values())]
     generators = [x for x in (*held, *tree_leaves(arguments)) if isinstance(x, torch.Generator)]
+    contents: list[tuple[Any, Any]]
     contents = [(x, x.detach().clone() if isinstance(x, Tensor) else copy.copy(x)) for x in held if isinstance(x, KEPT)]
     states = [(generator, generator.get_state()) for generator in generators]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, others may use it
@@ -435,14 +438,14 @@ def _as_before(model: nn.Module, *arguments: Any) -> Iterator[None]:
                 for name in of.keys() - before.keys():
                     del of[name]
         with torch.no_grad():
-            for x, before in contents:
+            for x, content in contents:
                 if isinstance(x, Tensor):
-                    x.copy_(before)
+                    x.copy_(content)
                 elif isinstance(x, list):
-                    x[:] = before
+                    x[:] = content
                 else:
                     x.clear()
-                    x.update(before) if hasattr(x, "update") else x.extend(before)
+                    x.update(content) if hasattr(x, "update") else x.extend(content)
 
 
 #: What modules keep in attributes and change in place.

@@ -22,7 +22,9 @@ class Axis:
     """An axis, known to be the `same` as another or made up of `parts`, once either is known."""
 
     def __init__(self, size: Any) -> None:
-        self.size, self.same, self.parts = size, None, None
+        self.size = size
+        self.same: Axis | None = None
+        self.parts: tuple[Axis, Axis] | None = None
 
     def split(self, size: Any) -> tuple[Axis, Axis]:
         """Into an outer part of `size` and an inner one."""
@@ -42,7 +44,7 @@ def plain_size(size: Any) -> Any:
 
 def atoms(axes: Iterable[Axis]) -> Dim:
     """The axes in terms of what is not split any further, each by the one name that all that are the same share."""
-    found = []
+    found: list[Axis] = []
     for axis in axes:
         while axis.same is not None:
             axis = axis.same

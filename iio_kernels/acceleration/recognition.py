@@ -210,8 +210,8 @@ class Reader:
         """Say of a softmax what its attention goes through that is not known here."""
         for x in node.all_input_nodes:
             of = self.values[x].of if x in self.values else None
-            attention = of if isinstance(of, Attention) else getattr(of, "attention", None)
-            if isinstance(of, (Attention, Total, Weights)) and self.refused.get(attention.softmax.node) == ESCAPES:
+            attention = of.attention if isinstance(of, (Total, Weights)) else of
+            if isinstance(attention, Attention) and self.refused.get(attention.softmax.node) == ESCAPES:
                 self.refused[attention.softmax.node] = f"its attention goes through {name!r}, which is not known there"
 
     # -- leaves
@@ -305,7 +305,7 @@ class Reader:
         b = Value(b.dims, replace(b.of, factor=b.of.factor * whole.of.factor))
         return Value(dims, Leaf(self.node, dims, self._age(self.node), linear=(a, b, bias)))
 
-    def _piece(self, pieces: Node, i: int, x: Node, _: Any, dim: int = 0) -> Value | None:
+    def _piece(self, pieces: Node, i: Any, x: Any, _: Any, dim: Any = 0) -> Value | None:
         """Some features of a linear map are the map by some rows of its weight: keys of keys and values."""
         whole, dim = self.leaf(x), dim % example(x).dim()
         if whole.of.linear is None or whole.of.factor != 1:
@@ -316,9 +316,9 @@ class Reader:
         i %= len(sizes)
         rows, features = slice(sum(sizes[:i]), sum(sizes[: i + 1])), fresh(sizes[i : i + 1])[0]
 
-        def chosen(of: Value | None) -> Value | None:
+        def chosen(of: Value) -> Value:
             """A factor or the bias without the other rows, if it has any."""
-            if of is None or all(atoms(d) != atoms(whole.dims[dim]) for d in of.dims):
+            if all(atoms(d) != atoms(whole.dims[dim]) for d in of.dims):
                 return of
             if of.dims != of.of.shape or of.of.index is not None:
                 raise Unlike
@@ -326,7 +326,8 @@ class Reader:
             dims = tuple(features if mine else d for mine, d in zip(own, of.dims, strict=True))
             return Value(dims, replace(of.of, shape=dims, index=tuple(rows if mine else slice(None) for mine in own)))
 
-        linear = tuple(chosen(of) for of in whole.of.linear)
+        a, b, bias = whole.of.linear
+        linear = chosen(a), chosen(b), None if bias is None else chosen(bias)
         if sum(new is not old for new, old in zip(linear[:2], whole.of.linear, strict=False)) != 1:
             return None
         dims = tuple(features if d == dim else old for d, old in enumerate(whole.dims))
@@ -334,8 +335,8 @@ class Reader:
 
     def on_permute(self, x: Node, *order: Any) -> Value:
         value = self.value(x)
-        order = order[0] if len(order) == 1 and isinstance(order[0], Sequence) else order
-        return Value(tuple(value.dims[i] for i in order), value.of)
+        listed = order[0] if len(order) == 1 and isinstance(order[0], Sequence) else order
+        return Value(tuple(value.dims[i] for i in listed), value.of)
 
     def on_transpose(self, x: Node, dim0: int, dim1: int) -> Value:
         order = list(range(len(self.value(x).dims)))
@@ -484,28 +485,28 @@ class Reader:
     def _masked(self, x: Node, mask: Node, taking_part: bool, fill: Any) -> Value | None:
         if isinstance(self.value(x).of, Attention):
             return self._masked_attention(x, mask, taking_part) if fill == 0 else None
-        logits, mask = self.value(x), self.leaf(mask)
-        if not isinstance(logits.of, Logits) or logits.of.mask or len(mask.dims) > len(logits.dims):
+        logits, which = self.value(x), self.leaf(mask)
+        if not isinstance(logits.of, Logits) or logits.of.mask or len(which.dims) > len(logits.dims):
             return None
         if fill != -math.inf:  # of a finite number the softmax is uniform where all slots are masked
             return None
-        for i, j in _aligned(logits.dims, mask.dims):
+        for i, j in _aligned(logits.dims, which.dims):
             if atoms(j):
                 identify(i, j)
-        return Value(logits.dims, replace(logits.of, mask=(mask, taking_part)))
+        return Value(logits.dims, replace(logits.of, mask=(which, taking_part)))
 
     def _masked_attention(self, x: Node, mask: Node, taking_part: bool) -> Value | None:
         """Attention without the inputs that a mask leaves out."""
-        value, of, mask = self.value(x), self.value(x).of, self.leaf(mask)
-        if of.mask or len(mask.dims) > len(value.dims):
+        value, of, which = self.value(x), self.value(x).of, self.leaf(mask)
+        if of.mask or len(which.dims) > len(value.dims):
             return None
-        for i, j in _aligned(value.dims, mask.dims):
+        for i, j in _aligned(value.dims, which.dims):
             if atoms(j):
                 identify(i, j)
-        if not set(mask.axes) <= {*atoms(of.softmax.batch), *atoms(of.softmax.inputs)}:
+        if not set(which.axes) <= {*atoms(of.softmax.batch), *atoms(of.softmax.inputs)}:
             return None
         node = None if of.eps else self.node
-        return Value(value.dims, replace(of, node=node, dims=value.dims, mask=(mask, taking_part)))
+        return Value(value.dims, replace(of, node=node, dims=value.dims, mask=(which, taking_part)))
 
     def on_normalize(self, x: Node, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Value | None:
         """Weights, if the sum of absolute values is never so small that its bound shows."""
@@ -536,11 +537,11 @@ class Reader:
     on_bmm = on_mm = on_matmul
 
     def on_einsum(self, equation: str, *operands: Any) -> Value | None:
-        operands = operands[0] if len(operands) == 1 and isinstance(operands[0], Sequence) else operands
-        if len(operands) != 2:
+        factors = operands[0] if len(operands) == 1 and isinstance(operands[0], Sequence) else operands
+        if len(factors) != 2:
             return None
         inputs, _, output = equation.replace(" ", "").partition("->")
-        labels = [self._subscripts(term, x) for term, x in zip(inputs.split(","), operands, strict=True)]
+        labels = [self._subscripts(term, x) for term, x in zip(inputs.split(","), factors, strict=True)]
         if any(len(set(term)) != len(term) for term in labels):
             return None
         if "->" in equation:
@@ -551,7 +552,7 @@ class Reader:
             out = [i for i in once if (i in labels[0]) != (i in labels[1])]
             if "..." in equation:
                 return None
-        return self._contract(operands[0], labels[0], operands[1], labels[1], out)
+        return self._contract(factors[0], labels[0], factors[1], labels[1], out)
 
     def _subscripts(self, term: str, x: Node) -> list[Any]:
         return _with_ellipsis(term, example(x).dim() - len(term.replace("...", "")) if "..." in term else 0)

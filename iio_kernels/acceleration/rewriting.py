@@ -36,7 +36,7 @@ class Source(NamedTuple):
     """Where an operand comes from: a node of the graph, or a part of it, times numbers that are nodes too."""
 
     node: Node
-    index: tuple[Any, ...] | None
+    part: tuple[Any, ...] | None
     scales: tuple[Scale, ...] = ()
 
     @property
@@ -46,7 +46,7 @@ class Source(NamedTuple):
     def of(self, value: Callable[[Node], Any], call: Callable[..., Any]) -> Any:
         """The operand itself, made of the nodes' values by calls of functions."""
         x = value(self.node)
-        x = x if self.index is None else call(operator.getitem, x, self.index)
+        x = x if self.part is None else call(operator.getitem, x, self.part)
         for scale in self.scales:
             by = value(scale.node)
             by = call(torch.reshape, by, ()) if isinstance(example(scale.node), Tensor) else by
@@ -90,18 +90,20 @@ class Call:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         sizes = self.sizes_of(tensors)
+        given: dict[str, Any]
         given = {o.name: arranged(x, o.layout, o.wanted, sizes) for o, x in zip(self.operands, tensors, strict=True)}
         for mask, taking_part in self.taking_part.items():
             given[mask] = given[mask] if taking_part else ~given[mask]
         options = self.options | {"return_attention": self.return_attention or self.eps_if_masked is not None}
+        out: Any
         if self.from_inputs:
             given = {"bk": None, "bv": None} | given
             out = slot_attention_from_inputs(**given, **options)
         else:
             out = slot_attention(**given, **options)
-        U, A = out if options["return_attention"] else (out, None)
+        U, A = out if options["return_attention"] else (out, out)
         if self.eps_if_masked is not None:
-            U = self._with_eps(U, A, **given)
+            U = self._with_eps(U, A, self.eps_if_masked, **given)
         U = arranged(U if self.factor == 1 else U * self.factor, *self.update, sizes).to(self.dtypes[0])
         return U, arranged(A, *self.attention, sizes).to(self.dtypes[1]) if self.return_attention else None
 
@@ -112,7 +114,7 @@ class Call:
             sizes |= {dim[0]: x.shape[i] for i, dim in enumerate(operand.layout) if len(dim) == 1}
         return sizes
 
-    def _with_eps(self, U: Tensor, A: Tensor, **given: Tensor) -> Tensor:
+    def _with_eps(self, U: Tensor, A: Tensor, eps: float, **given: Any) -> Tensor:
         """The mean under A + eps of all values, from the sum U of those that are not masked under A."""
         if self.from_inputs:
             values = given["x"].sum(-2, keepdim=True) @ given["wv"].mT
@@ -120,8 +122,7 @@ class Call:
             values = values if given["bv"] is None else values + N * given["bv"].unsqueeze(-2)
         else:
             values, N = given["v"].sum(-2, keepdim=True), given["v"].shape[-2]
-        total = A.sum(-1, keepdim=True) + N * self.eps_if_masked
-        return (U + self.eps_if_masked * values) / total
+        return (U + eps * values) / (A.sum(-1, keepdim=True) + N * eps)
 
     def __str__(self) -> str:
         if self.eps_if_masked is not None:
@@ -188,9 +189,9 @@ def _planned(update: Update) -> tuple[Call, list[Source]]:
     values = tuple(axis for axis in v.axes if axis not in batch and axis not in inputs)
     scale, factor = softmax.factor, v.of.factor
     operands = [("q", softmax.q, (*leading, slots, features))]
-    projections = [_projection(*of, batch, inputs) for of in ((softmax.k, features), (v, values))]
-    if _projection_free(*projections, batch):
-        (x, wk, bk), (_, wv, bv) = projections
+    of_keys, of_values = (_projection(*of, batch, inputs) for of in ((softmax.k, features), (v, values)))
+    if of_keys is not None and of_values is not None and _projection_free(of_keys, of_values, batch):
+        (x, wk, bk), (_, wv, bv) = of_keys, of_values
         scale, factor = scale * x.of.factor * wk.of.factor, factor * x.of.factor * wv.of.factor
         width = tuple(axis for axis in x.axes if axis in wk.axes)
         operands += [("x", x, (*leading, inputs, width))]
@@ -199,8 +200,8 @@ def _planned(update: Update) -> tuple[Call, list[Source]]:
         operands += [("bv", bv, (*leading, values))] if bv else []
     else:
         operands += [("k", softmax.k, (*leading, inputs, features)), ("v", v, (*leading, inputs, values))]
-    masks = {"slot_mask": (softmax.mask, slots), "input_mask": (update.attention.mask, inputs)}
-    masks = {name: (*mask, (*leading, own)) for name, (mask, own) in masks.items() if mask}
+    either = {"slot_mask": (softmax.mask, slots), "input_mask": (update.attention.mask, inputs)}
+    masks = {name: (*mask, (*leading, own)) for name, (mask, own) in either.items() if mask}
     operands += [(name, mask, wanted) for name, (mask, _, wanted) in masks.items()]
 
     numbers: dict[Axis, int] = {}
@@ -259,10 +260,8 @@ def _projection(projected: Value, own: Dim, batch: Dim, inputs: Dim) -> Projecti
     return (x, weight, bias) if fits else None
 
 
-def _projection_free(keys: Projection | None, values: Projection | None, batch: Dim) -> bool:
+def _projection_free(keys: Projection, values: Projection, batch: Dim) -> bool:
     """Whether both are linear in one x, and reading x for each head is no more than reading its keys and values."""
-    if keys is None or values is None:
-        return False
     (x, wk, _), (other, wv, _) = keys, values
     same = (x.of.node, x.of.age, x.of.index, x.axes) == (other.of.node, other.of.age, other.of.index, other.axes)
     width = set(x.axes) & set(wk.axes)
@@ -294,7 +293,9 @@ def _dying(replaced: set[Node], sources: Sequence[Source]) -> set[Node]:
 
 def _replace(graph: Graph, update: Update, call: Call, sources: list[Source]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    replaced = [update.node, update.attention.node][: 1 + call.return_attention]
+    replaced = [update.node]
+    if call.return_attention and update.attention.node is not None:
+        replaced.append(update.attention.node)
     first = min(replaced, key=order.__getitem__)
     late, stack = set(), [node for source in sources for node in source.nodes]
     while stack:
@@ -362,15 +363,15 @@ def _distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source
                 tensor = isinstance(like, Tensor)
                 given[scale.node] = (drawn(like.shape).abs() + 0.5).requires_grad_() if tensor else _hint(like)
         theirs = _evaluated(graph, update, dict(given))
-        ours = replace(call, dtypes=(torch.float64,) * 2, return_attention=True)(
-            *(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources)
-        )
+        with_attention = replace(call, dtypes=(torch.float64,) * 2, return_attention=True)
+        results = with_attention(*(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources))
+        ours = [x for x in results if x is not None]
         apart = [_apart(a, b) for a, b in zip(theirs, ours, strict=False)]
         weights = [drawn(x.shape) for x in theirs]
         leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
         gradients = [
-            torch.autograd.grad(sum((x * w).sum() for x, w in zip(results, weights, strict=False)), leaves)
-            for results in (theirs, ours)
+            torch.autograd.grad(torch.stack([(x * w).sum() for x, w in zip(of, weights, strict=False)]).sum(), leaves)
+            for of in (theirs, ours)
         ]
         return max(apart + [_apart(a, b) for a, b in zip(*gradients, strict=True)])
 
@@ -406,13 +407,14 @@ def _evaluated(graph: Graph, update: Update, env: dict[Node, Any]) -> list[Tenso
             raise Refused(f"its softmax depends on {node} in a way not known here")
         args, kwargs = map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "dtype"}), env.__getitem__)
         if name in CASTS:
-            env[node] = args[0]
+            made = args[0]
         elif node.op == "call_method":
-            env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            made = getattr(args[0], node.target)(*args[1:], **kwargs)
         else:
-            env[node] = node.target(*args, **kwargs)
+            made = node.target(*args, **kwargs)
+        env[node] = made
         if node is update.attention.node:
-            attention = [env[node].clone()]
+            attention = [made.clone()]
     return [env[update.node], *attention]
 
 
