@@ -315,8 +315,13 @@ class SlotAttention(nn.Module, Generic[Result]):
             result: Any = slots if A is None else (slots, self._shown(A, input_mask))
             return result
 
-    if TYPE_CHECKING:  # torch has it that a call takes and returns anything
-        __call__ = forward
+    if TYPE_CHECKING:  # torch has it that a call takes and returns anything; it is as `forward`
+
+        def __call__(
+            self, inputs: Tensor, slots: Tensor | None = None, *, num_slots: int | None = None,
+            iterations: int | None = None, noise: Tensor | None = None, slot_mask: Tensor | None = None,
+            input_mask: Tensor | None = None,
+        ) -> Result: ...  # fmt: skip
 
     def draw(self, noise: Tensor) -> Tensor:
         """Initial slots from the learnt Gaussian, or Gaussians, by standard normal noise `(..., K, slot_size)`."""

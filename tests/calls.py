@@ -104,7 +104,7 @@ either = nn.SlotAttention(32, 64, attention=wanted)
 some: nn.SlotAttention = either
 assert_type(slots(x), Tensor)
 assert_type(slots.forward(x, x, iterations=3, slot_mask=mask), Tensor)
-assert_type(shown(x, num_slots=5, noise=x, input_mask=mask), Pair)
+assert_type(shown(x, None, num_slots=5, iterations=3, noise=x, slot_mask=mask, input_mask=mask), Pair)
 assert_type(nn.SlotAttention(32, 64, attention=wanted)(x), Tensor | Pair)
 print(some(x).shape, some(x)[0])  # whatever it returns
 torch.nn.Sequential(slots, torch.nn.Linear(64, 64))

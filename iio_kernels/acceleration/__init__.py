@@ -237,7 +237,7 @@ def _transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined] # public, but not in torch.jit's __all__
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

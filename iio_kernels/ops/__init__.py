@@ -11,6 +11,6 @@
 
 Beside the folder: its functions in `iio_kernels/__init__.py`, its name in `_backends.py`, in the package list of
 pyproject.toml and in `tests/conftest.py`, the formula as printed in `tests/literal.py`, tests in
-`tests/test_<operation>.py`, calls to compile for absent GPUs in `tests/launches.py`, a benchmark in
-`bench/test_operations.py`, and its place in `bench/gpu.py` and `bench/gpu.sh`.
+`tests/test_<operation>.py`, its types in `tests/calls.py` and `tests/test_types.py`, calls to compile for absent GPUs
+in `tests/launches.py`, a benchmark in `bench/test_operations.py`, and its place in `bench/gpu.py` and `bench/gpu.sh`.
 """
