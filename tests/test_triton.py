@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import test_broadcast
+import test_composition
+import test_inpainting
+import test_iterations
+import test_mixture
+import test_slot_attention
 import torch
 from aot import ARCHITECTURES, Compiled, compile_calls
 from conftest import QUICK
 from launches import CALLS
 from torch import Tensor
 
-from iio_kernels import _triton, slot_attention
+from iio_kernels import _triton, slot_attention, slot_attention_from_inputs, spatial_mixture
 from iio_kernels._backends import BACKENDS
 from iio_kernels.ops.slot_attention.spec import Case
 
@@ -58,6 +66,104 @@ def test_offsets_of_64_bits_change_nothing(joint_heads, monkeypatch):
     expected = results(tensors, **options)
     monkeypatch.setattr(kernels, "index_type", lambda *tensors: kernels.tl.int64)
     assert all(map(torch.equal, results(tensors, **options), expected))
+
+
+# --- what is stored -----------------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="a GPU multiplies 16 bits otherwise than 32")
+
+
+@here
+@interpreted
+def test_the_interpreter_rounds_as_hardware_does():
+    triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
+
+    @triton.jit
+    def store(x, y, N: tl.constexpr):
+        n = tl.arange(0, N)
+        tl.store(y + n, tl.load(x + n))
+        tl.store(y + N + n, tl.load(x + n).to(tl.bfloat16))
+
+    largest, unit = torch.finfo(torch.bfloat16).max, 2.0**-7
+    x = [1 + unit / 2, 1 + 3 * unit / 2, 1 + 0.49 * unit, 1 + 0.51 * unit, -1 - 0.51 * unit, largest * 1.004, 1e-40]
+    x = torch.tensor([*x, 2 - 1e-7, float("inf"), float("nan"), 0.0, -0.0, *torch.randn(52)])
+    y = torch.empty(128, dtype=torch.bfloat16)
+    store[(1,)](x, y, N=64)
+    for half in y.view(2, 64):
+        torch.testing.assert_close(half, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def random_like(*shapes: tuple[int, ...]) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=random) for shape in shapes]
+
+
+def of_slot_attention(cast, **options):
+    case = Case("rounded", N=13, **options)
+    tensors, more = case.make(torch.float32)
+    incoming = random_like((*case.batch, case.K, case.Dv), (*case.batch, case.K, case.N))
+    return test_slot_attention.run([cast(x) for x in tensors], "triton", [cast(x) for x in incoming], **more)
+
+
+def of_from_inputs(cast):
+    tensors, _ = test_slot_attention.from_inputs(Case("rounded", N=13), "cpu")
+    leaves = [cast(x).requires_grad_() for x in tensors]
+    U, A = slot_attention_from_inputs(*leaves, return_attention=True, backend="triton")
+    incoming = [cast(x) for x in random_like(U.shape, A.shape)]
+    return U.detach(), A.detach(), *torch.autograd.grad((U, A), leaves, incoming)
+
+
+def of_broadcast(cast, transposed):
+    case = test_broadcast.Case("rounded", size=(5, 4), transposed=transposed)
+    tensors, options = case.make(torch.float32)
+    (incoming,) = random_like((2, 3, *case.result))
+    return test_broadcast.run([cast(x) for x in tensors], "triton", cast(incoming), **options)
+
+
+def of_images(module, run, cast):
+    """Of an operation that takes images and their masks, or what was decoded, and whose results are float32."""
+    return run(*(cast(x) for x in module.Case("rounded", B=1, K=3).make(torch.float32)[0]))
+
+
+def of_iterations(cast):
+    (x, slots, weights, T), _ = test_iterations.Case("rounded", B=1, N=11, T=2).make(torch.float32)
+    weights = type(weights)(*map(cast, weights))
+    incoming = cast(random_like(slots.shape)[0]), random_like((1, 4, 11))[0]
+    return test_iterations.run((cast(x), cast(slots), weights, T), "triton", incoming)
+
+
+#: What of each operation goes to and comes from a kernel, by a cast of all that it takes.
+STORED = {
+    "slot_attention": of_slot_attention,
+    "slot_attention, joint heads": partial(of_slot_attention, batch=(2, 2), options={"joint_heads": True}),
+    "slot_attention_from_inputs": of_from_inputs,
+    "broadcast_conv2d": partial(of_broadcast, transposed=False),
+    "broadcast_conv2d, transposed": partial(of_broadcast, transposed=True),
+    "composition_error": partial(of_images, test_composition, lambda *x: test_composition.run(*x, "triton")),
+    "compose": partial(of_images, test_composition, lambda *x: test_composition.composed(*x, "triton")),
+    "spatial_mixture": partial(
+        of_images, test_mixture, lambda *x: test_mixture.results(spatial_mixture, *x, backend="triton")
+    ),
+    "iio_loss": partial(of_images, test_inpainting, lambda *x: test_inpainting.run(*x, "triton")),
+    "slot_attention_module": of_iterations,
+}
+
+
+@here
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(STORED))
+def test_results_are_rounded_once_from_float32(name, dtype):
+    """Those of tensors of 16 bits are the nearest to those of the same numbers in float32, whose error is far less."""
+    narrow = STORED[name](lambda x: x.to(dtype))
+    wide = STORED[name](lambda x: x.to(dtype).float())
+    assert any(x.dtype == dtype for x in narrow)
+    for x, y in zip(narrow, wide, strict=True):
+        assert y.dtype == torch.float32
+        about, y = torch.finfo(x.dtype), y.double()
+        unit = (about.eps * 2.0 ** (y.frexp().exponent - 1)).clamp(min=about.eps * about.smallest_normal)
+        allowed = 0.501 * unit * (y != 0) + 1e-6 * y.abs().max()
+        assert ((x.double() - y).abs() <= allowed).all()
 
 
 # --- compiled for GPUs that are not here --------------------------------------------------------------------------
