@@ -25,7 +25,7 @@ def report() -> str:
             facts[name] = f"{' '.join(compiler)}: {_build.compiler_version(compiler)}"
         except _build.BuildError as error:
             facts[name] = str(error)
-    facts["cache"] = str(_build.cache_folder())
+    facts["cache"] = ", ".join(map(str, _build.cache_folders()))
     facts["instruction set"] = _build.instruction_set() or "kernels not loaded"
     facts |= {f"backend {name}": reason or "available" for name, reason in iio_kernels.backends().items()}
     return "\n".join(f"{name:20}{value}" for name, value in facts.items())

@@ -5,10 +5,19 @@ nothing or all of it. Processes that start together wait for the first of them b
 drops when its holder dies: it cannot go stale. The name in the cache is three hashes: of the sources, flags and torch's
 version, of the compiler, and of the library itself. What does not match is not found; where there is no compiler, any
 compiler's serves.
+
+The cache is $IIO_KERNELS_CACHE, or iio_kernels in the user's cache folder. Where a library is not there and cannot be
+built there, the next folder serves in its place: iio_kernels in the user's cache folder, and one of the user's own in
+the folder for temporary files.
+
+A library runs with all that its user may do. So none is loaded, and no folder is used, that another user than root and
+this one has written or could have (`_trust` has the rule). A cache is shared on purpose as a folder that root fills and
+others read. With IIO_KERNELS_TRUST_CACHE=1 the first folder is used whoever may write there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -31,6 +40,7 @@ from pathlib import Path
 import torch
 
 from iio_kernels._compile import constant_when_compiled
+from iio_kernels._trust import open_to_others
 
 #: Flags for each instruction set that the kernels are compiled for; which one runs is decided at run time.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
@@ -51,7 +61,7 @@ TORCH_HEADERS = ["-isystem", str(TORCH / "include")]
 TORCH_LIBRARIES = ["-L" + str(TORCH / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
 
 #: How the folder of a library begins that only its own process can use.
-PRIVATE = "iio_kernels-"
+PRIVATE = "iio_kernels-once-"
 
 #: Compilation takes seconds, of CUDA code about a minute; a compiler that has not ended by then never will.
 TIMEOUT = 600.0
@@ -116,9 +126,6 @@ def _has_gpu() -> bool:
 def _load(library: Library) -> BuildError | None:
     try:
         path = built(library)
-        if content_hash(path) not in path.name:  # someone damaged it: once more from the sources
-            path.unlink(missing_ok=True)
-            path = built(library)
         torch.ops.load_library(path)
     except BuildError as error:
         return error
@@ -156,33 +163,44 @@ def instruction_set() -> str | None:
 
 
 def built(library: Library) -> Path:
-    """The compiled library, built now if it is not in the cache."""
-    folder, name = cache_folder(), f"{library.name}-{fingerprint(library)}"
+    """The compiled library, built now if the cache does not have it."""
+    folders, name = cache_folders(), f"{library.name}-{fingerprint(library)}"
     try:
         compilers = library.compilers()
         name += f"-{compilers_hash(compilers)}"
     except BuildError:
+        for folder in folders:
+            if path := _cached(folder, name):
+                return path
+        raise
+    refused = []
+    for folder in folders:
         if path := _cached(folder, name):
             return path
-        raise
-    if path := _cached(folder, name):
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / "lock") as alone:
-            if alone:
-                for left in folder.glob("build-*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-            return _cached(folder, name) or _build(library, compilers, folder, name)
-    except OSError as error:
-        # Nothing can be written there. A folder of this process alone serves, though the next one compiles again.
-        print(f"iio_kernels: {folder} cannot be used ({error.strerror or error}): set IIO_KERNELS_CACHE to a folder "
-              f"that can, or the kernels are compiled anew in every process", file=sys.stderr)  # fmt: skip
+        if not _is_trusted(folder):
+            continue
+        try:
+            _make(folder)
+            with exclusive(folder / "lock") as alone:
+                if alone:
+                    for left in folder.glob("build-*"):  # by a process that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                if path := _cached(folder, name):
+                    return path
+                for damaged in folder.glob(f"{name}-*.so"):
+                    damaged.unlink()
+                _build(library, compilers, folder, name, refused)
+                if path := _cached(folder, name):
+                    return path
+        except OSError as error:
+            refused.append(f"{folder} cannot be used ({error.strerror or error})")
     try:
         with ExitStack() as on_failure:
-            private = Path(tempfile.mkdtemp(prefix=PRIVATE))
+            private = Path(os.path.realpath(tempfile.mkdtemp(prefix=PRIVATE)))
             on_failure.callback(shutil.rmtree, private, ignore_errors=True)
-            path = _build(library, compilers, private, name)
+            if reason := open_to_others(private):
+                raise BuildError(f"no folder to build them in is safe from other users: {reason}")
+            path = _build(library, compilers, private, name, [*refused, "the next process compiles anew"])
             on_failure.pop_all()
             return path
     except OSError as error:
@@ -190,16 +208,53 @@ def built(library: Library) -> Path:
 
 
 def _cached(folder: Path, name: str) -> Path | None:
-    return next(iter(sorted(folder.glob(f"{name}-*.so"))), None)
+    """A library of that name in a folder which is trusted and undamaged."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with contextlib.suppress(OSError):  # this user may not read it, or another process has removed it
+            if _is_trusted(path) and content_hash(path) in path.name:
+                return path
+    return None
 
 
-def cache_folder() -> Path:
-    """$IIO_KERNELS_CACHE, or iio_kernels in the user's cache folder."""
-    if folder := os.environ.get("IIO_KERNELS_CACHE"):
-        return Path(folder)
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Where there is no home, "~" stays: a path that nothing can be written to, so that a private folder serves.
-    return Path("/nonexistent" if folder.startswith("~") else folder) / "iio_kernels"
+def _is_trusted(path: Path) -> bool:
+    """Whether a cache folder, or a library in one, is safe from other users, or else the user trusts them.
+
+    Of the first folder, which the user knows, a line says why it is not.
+    """
+    cache = cache_folders()[0]
+    is_first = cache in (path, path.parent)
+    if is_first and os.environ.get("IIO_KERNELS_TRUST_CACHE") == "1":
+        return True
+    reason = open_to_others(Path(os.path.realpath(path)))
+    if reason is not None and is_first:
+        _say_once(
+            f"nothing is loaded from {cache}: {reason}. Share a cache by letting root own it and others only read it, "
+            f"or trust whoever can write it by IIO_KERNELS_TRUST_CACHE=1"
+        )
+    return reason is None
+
+
+def cache_folders() -> list[Path]:
+    """Where compiled libraries may lie, best first."""
+    home = _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folders = [_expanded(os.environ.get("IIO_KERNELS_CACHE")), home and home / "iio_kernels"]
+    with contextlib.suppress(OSError):  # there is no folder for temporary files
+        user = os.geteuid() if os.name == "posix" else "user"
+        folders.append(Path(os.path.realpath(tempfile.gettempdir()), f"iio_kernels-{user}"))
+    return [folder for folder in folders if folder is not None]
+
+
+def _expanded(folder: str | None) -> Path | None:
+    """A folder as an environment variable names it, absolute and without links; None without one, or without a home."""
+    folder = os.path.expanduser(folder or "")
+    return Path(os.path.realpath(folder)) if folder and not folder.startswith("~") else None
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and what is missing above it, to be written by this user alone whatever the umask."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(mode=0o755, exist_ok=True)
 
 
 def sources() -> Path:
@@ -215,9 +270,13 @@ def find_compiler() -> list[str]:
     """The C++ compiler, with arguments if it has any: $CXX, or the first of c++, g++ and clang++."""
     if os.name == "nt":
         raise NoCompiler("they are built on Linux and macOS only")
-    asked = os.environ.get("CXX")
-    for command in ([asked], shlex.split(asked)) if asked else (["c++"], ["g++"], ["clang++"]):
-        if path := shutil.which(command[0]):
+    asked = os.environ.get("CXX", "").strip()
+    try:
+        candidates = ([asked], shlex.split(asked)) if asked else (["c++"], ["g++"], ["clang++"])
+    except ValueError as error:
+        raise NoCompiler(f"CXX is {asked!r}, which is not a command: {error}") from None
+    for command in candidates:
+        if path := shutil.which(os.path.expanduser(command[0])):
             return [path, *command[1:]]
     if asked:
         raise NoCompiler(f"CXX names {asked!r}, which is not a program that can be run")
@@ -227,7 +286,7 @@ def find_compiler() -> list[str]:
 
 def find_nvcc() -> list[str]:
     """CUDA's compiler: in $CUDA_HOME, on the PATH, or where CUDA puts it."""
-    home = os.environ.get("CUDA_HOME")
+    home = os.path.expanduser(os.environ.get("CUDA_HOME", ""))
     for folders in (home and os.path.join(home, "bin"), os.environ.get("PATH"), "/usr/local/cuda/bin"):
         if folders and (path := shutil.which("nvcc", path=folders)):
             return [path]
@@ -237,8 +296,8 @@ def find_nvcc() -> list[str]:
 def compiler_version(compiler: list[str]) -> str:
     """The line that tells the version in what the compiler says of itself."""
     try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = _run([*compiler, "--version"], timeout=60)
+    except subprocess.TimeoutExpired as error:
         raise BuildError(f"the compiler {' '.join(compiler)} does not run: {one_line(str(error))}") from None
     if done.returncode != 0:
         raise BuildError(f"the compiler {' '.join(compiler)} does not run: {one_line(done.stderr)}")
@@ -317,27 +376,38 @@ def architectures() -> list[str]:
     return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
 
 
-def _build(library: Library, compilers: list[list[str]], folder: Path, name: str) -> Path:
-    """Compile, into `folder`: the library's path."""
+def _build(library: Library, compilers: list[list[str]], folder: Path, name: str, refused: list[str]) -> Path:
+    """Compile, into `folder`: the library's path. `refused` tells why not elsewhere."""
     build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     used = " and ".join(" ".join(compiler) for compiler in compilers)
-    print(f"iio_kernels: compiling the {library.kernels} with {used}, once, in {library.time}, to {folder}",
-          file=sys.stderr, flush=True)  # fmt: skip
+    reason = f": {'; '.join(refused)}. IIO_KERNELS_CACHE can name another folder" if refused else ""
+    say(f"compiling the {library.kernels} with {used}, once, in {library.time}, to {folder}{reason}")
     try:
         compile_all, link = library.commands(*compilers, build)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_call, compile_all))
         _call(link)
-        path = folder / f"{name}-{content_hash(build / 'library.so')}.so"
-        os.replace(build / "library.so", path)
+        linked, path = build / "library.so", folder / f"{name}-{content_hash(build / 'library.so')}.so"
+        linked.chmod(linked.stat().st_mode & ~0o022)  # with a umask of 0 anyone could write it: it would not be loaded
+        os.replace(linked, path)
         return path
     finally:
         shutil.rmtree(build, ignore_errors=True)
 
 
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a compiler. What it says need not be UTF-8: it may quote any file."""
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout
+        )
+    except OSError as error:
+        raise BuildError(f"the compiler {command[0]} does not run: {one_line(str(error))}") from None
+
+
 def _call(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+        done = _run(command, TIMEOUT)
     except subprocess.TimeoutExpired:
         raise BuildError(f"the compiler {command[0]} did not end within {TIMEOUT:.0f} s") from None
     if done.returncode != 0:
@@ -353,7 +423,11 @@ def exclusive(path: Path) -> Iterator[bool]:
     import fcntl
 
     held = told = False
-    with path.open("w") as file:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:
+        file = os.open(path, os.O_RDONLY)  # another user's
+    try:
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
             try:
@@ -362,13 +436,24 @@ def exclusive(path: Path) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 if not told:
-                    print(f"iio_kernels: another process compiles to {path.parent}; waiting for it", file=sys.stderr,
-                          flush=True)  # fmt: skip
+                    say(f"another process compiles to {path.parent}; waiting for it")
                     told = True
                 time.sleep(0.05)
             except OSError:
                 break
         yield held
+    finally:
+        os.close(file)
+
+
+def say(text: str) -> None:
+    """A line on stderr, if anyone hears it: it may be closed."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"iio_kernels: {text}\n")
+        sys.stderr.flush()
+
+
+_say_once = functools.cache(say)
 
 
 def one_line(text: str) -> str:

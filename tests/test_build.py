@@ -41,13 +41,16 @@ def compiler(tmp_path) -> Path:
         import os, pathlib, shutil, sys, time
         here = pathlib.Path({str(tmp_path)!r})
         if "--version" in sys.argv:
-            print("a compiler for tests")
+            sys.stdout.buffer.write(b"a compiler for t\\xe9sts\\n")
             sys.exit()
         behaviour = (here / "behaviour").read_text()
         with (here / "calls").open("a") as calls:
             calls.write("link\\n" if "-c" not in sys.argv else "compile\\n")
         if behaviour == "hang":
             time.sleep(600)
+        if behaviour == "foreign":
+            sys.stderr.buffer.write(b"caf\\xe9.h:1: error: this machine has no vectors\\n")
+            sys.exit(1)
         if behaviour == "fail":
             sys.exit("simd.h:1: error: this machine has no vectors")
         if behaviour == "full":
@@ -77,7 +80,7 @@ def calls(compiler: Path) -> list[str]:
 
 def start(cache: Path | str, compiler: Path | str, program: str = PROGRAM, **environment: str) -> subprocess.Popen:
     environment = {"IIO_KERNELS_CACHE": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT), **environment}
-    environment |= {"TRITON_INTERPRET": "0"}
+    environment = {"XDG_CACHE_HOME": f"{cache}-of-the-user", "TRITON_INTERPRET": "0", **environment}
     command = [sys.executable, "-c", program]
     # In the root folder: Python looks for modules where it is started.
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -143,20 +146,53 @@ def test_a_cache_that_cannot_be_written(tmp_path, compiler):
     (tmp_path / "file").touch()
     (tmp_path / "tmp").mkdir()
     program = PROGRAM + "print(iio_kernels._build.instruction_set())"
-    out, errors = finish(start(tmp_path / "file" / "cache", compiler, program, TMPDIR=str(tmp_path / "tmp")))
+    cache, temporary = tmp_path / "file" / "cache", tmp_path / "tmp"
+    own = temporary / f"iio_kernels-{os.geteuid()}"
+    out, errors = finish(start(cache, compiler, program, TMPDIR=str(temporary)))
     assert "serves: ['cpu', 'reference']" in out
-    assert "IIO_KERNELS_CACHE" in errors
-    assert calls(compiler).count("link") == 1
-    assert not list((tmp_path / "tmp").iterdir())
+    assert len(errors.splitlines()) == 1
+    assert f"to {own}: {cache} cannot be used (" in errors
+    assert "IIO_KERNELS_CACHE can name another folder" in errors
+    once = calls(compiler)
+    out, errors = finish(start(cache, compiler, program, TMPDIR=str(temporary)))
+    assert errors == ""
+    assert calls(compiler) == once
+    # Not even there: a folder of this process alone, which leaves nothing.
+    shutil.rmtree(own)
+    own.touch()
+    out, errors = finish(start(cache, compiler, program, TMPDIR=str(temporary)))
+    assert "serves: ['cpu', 'reference']" in out
+    assert "the next process compiles anew" in errors
+    assert list(temporary.iterdir()) == [own]
 
 
 @needs_kernels
-def test_no_home(tmp_path, compiler):
+@pytest.mark.parametrize("cache", ["", "~/cache"])
+def test_no_home(tmp_path, compiler, cache):
     """As in a container that runs under a bare user id."""
     program = "import os; os.path.expanduser = lambda path: path\n" + PROGRAM
-    out, _ = finish(start("", compiler, program, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)))
+    out, _ = finish(start(cache, compiler, program, XDG_CACHE_HOME="", TMPDIR=str(tmp_path)))
     assert "serves: ['cpu', 'reference']" in out
     assert not Path("~").exists()
+    assert list(tmp_path.glob("iio_kernels-*/*.so"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("variable", ["IIO_KERNELS_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_below_home(tmp_path, compiler, variable):
+    """Where no shell has put the home in place of "~"."""
+    out, _ = finish(start("", compiler, **{variable: "~/here", "HOME": str(tmp_path)}))
+    assert "serves: ['cpu', 'reference']" in out
+    assert list((tmp_path / "here").rglob("*.so"))
+
+
+@needs_kernels
+def test_a_stderr_that_is_closed(tmp_path, compiler):
+    """Nothing is said then, not on stdout either."""
+    program = "import os, sys; os.close(2); sys.stderr = None\n" + PROGRAM
+    out, errors = finish(start(tmp_path / "cache", compiler, program))
+    assert out == "serves: ['cpu', 'reference']\n"
+    assert errors == ""
 
 
 @needs_kernels
@@ -172,6 +208,19 @@ def test_a_file_system_without_locks(tmp_path, compiler):
 @needs_kernels
 def test_a_compiler_with_arguments(tmp_path, compiler):
     out, _ = finish(start(tmp_path / "cache", f"env SOME=thing {compiler}"))
+    assert "serves: ['cpu', 'reference']" in out
+
+
+@needs_kernels
+def test_a_compiler_of_blanks_is_none_that_is_asked_for(tmp_path, compiler):
+    out, errors = finish(start(tmp_path / "cache", " ", PATH=str(compiler.parent)))
+    assert "serves: ['cpu', 'reference']" in out
+    assert f"with {compiler}" in errors
+
+
+@needs_kernels
+def test_a_compiler_below_home(tmp_path, compiler):
+    out, _ = finish(start(tmp_path / "cache", "~/c++", HOME=str(tmp_path)))
     assert "serves: ['cpu', 'reference']" in out
 
 
@@ -206,6 +255,7 @@ def test_a_damaged_file_in_the_cache_is_built_again(tmp_path, compiler):
     ("behaviour", "says"),
     [
         ("fail", "this machine has no vectors"),
+        ("foreign", "caf\N{REPLACEMENT CHARACTER}.h:1: error: this machine has no vectors"),
         ("full", "No space left on device"),
         ("rubbish", "the compiled kernels cannot be loaded"),
     ],
@@ -227,11 +277,19 @@ def test_a_compiler_that_never_ends(tmp_path, compiler):
     assert "did not end within 1 s" in errors
 
 
-@pytest.mark.parametrize("name", ["/no/such/c++", "no-such-compiler"])
-def test_no_compiler(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("/no/such/c++", "not a program that can be run"),
+        ("no-such-compiler", "not a program that can be run"),
+        ('g++ "-O2', "which is not a command: No closing quotation"),
+    ],
+)
+def test_no_compiler(tmp_path, name, says):
     out, errors = finish(start(tmp_path / "cache", name))
     assert "serves: ['reference']" in out
-    assert "not a program that can be run" in errors
+    assert errors.count("RuntimeWarning") == 1
+    assert says in errors
 
 
 def test_no_compiler_anywhere(tmp_path):

@@ -1,0 +1,51 @@
+"""Whose files may be loaded: a library runs with all that its user may do, so no other user's is.
+
+A file is trusted that only root and this user can have written. It and every folder above it belong to one of the two,
+and neither group nor others may write them. In a folder with the sticky bit, such as /tmp, others may write: they
+cannot rename or remove what is not theirs. Access control lists are not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def open_to_others(path: Path) -> str | None:
+    """How a user other than root and this one could have written a file or folder or put another in its place.
+
+    None where nobody could. What is not there yet, or out of this user's reach, is judged by the folders above it.
+
+    Args:
+        path: absolute and without symbolic links, as `os.path.realpath` makes it.
+    """
+    for part in (path, *path.parents):
+        try:
+            status = part.lstat()
+        except OSError:
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{part} belongs to user {status.st_uid}"
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_mode & stat.S_IWOTH and not sticky:
+            return f"{part} can be written by everyone"
+        if status.st_mode & stat.S_IWGRP and not sticky and not _has_no_other_member(status.st_gid):
+            return f"{part} can be written by group {status.st_gid}"
+    return None
+
+
+def _has_no_other_member(group: int) -> bool:
+    """Whether a group is this user's own, as Linux makes one for each: called like the user, and without others.
+
+    Where such groups are in use people let them write all that they make. Root has none.
+    """
+    import grp
+    import pwd
+
+    try:
+        user, own = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    is_own = user.pw_uid != 0 and (user.pw_gid, user.pw_name) == (own.gr_gid, own.gr_name)
+    return is_own and set(own.gr_mem) <= {user.pw_name}
