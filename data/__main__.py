@@ -76,9 +76,8 @@ def main(
 
 if __name__ == "__main__":
     try:
-        tyro.cli(
-            main, prog="python -m data", description=f"{__doc__.splitlines()[0]}\n\nData sets: {', '.join(DATASETS)}."
-        )
+        about = "A contact sheet: some scenes of a data set and, below each, its true segmentation."
+        tyro.cli(main, prog="python -m data", description=f"{about}\n\nData sets: {', '.join(DATASETS)}.")
     except (ValueError, OSError) as error:
         print(f"python -m data: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -41,9 +41,11 @@ def folders(path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
     # In a folder shared by files from many places, names alone could clash.
     unique = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.cache"
     if cache_dir is not None:
-        return [Path(cache_dir) / unique]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [path.with_name(f"{path.name}.cache"), home / "iio_kernels" / unique]
+        return [Path(cache_dir).absolute() / unique]
+    beside = path.with_name(f"{path.name}.cache")
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    # "~" stays where there is no home, as for a user id without an entry in passwd.
+    return [beside] if home.startswith("~") else [beside, Path(home).absolute() / "iio_kernels" / unique]
 
 
 def stamp(cache: Path) -> dict | None:
@@ -52,22 +54,37 @@ def stamp(cache: Path) -> dict | None:
     return about and about.get("stamp")
 
 
-def open_arrays(cache: Path, verify: bool) -> dict[str, np.ndarray]:
+def open_arrays(
+    cache: Path, wanted: dict, rows: dict[str, tuple[np.dtype, tuple[int, ...]]], verify: bool = False
+) -> dict[str, np.ndarray]:
     """The arrays of a folder by name, mapped into memory.
 
+    Args:
+        cache: the folder.
+        wanted: what they were made from.
+        rows: by name, the type and shape of a row.
+        verify: compare them with their checksums, which reads them all.
+
     Raises:
-        DataError: an array is missing or of another size than it was or, with `verify`, fails its checksum.
+        DataError: they were made from something else, an array is missing or of another size than it was, source.json
+            does not say what it should or, with `verify`, an array fails its checksum.
     """
     about, arrays = _about(cache), {}
+    if about is None or about.get("stamp") != wanted:
+        raise DataError(f"{cache}: the converted scenes are gone, or were made anew from another file; load them again")
     try:
-        for name, checksum in about["checksums"].items():
+        if not _is_complete(about, rows):
+            raise ValueError("source.json does not say how many there are or lacks a checksum")
+        for name, (dtype, shape) in rows.items():
             file = cache / f"{name}.npy"
-            array = arrays[name] = np.load(file, mmap_mode="r")
+            array = arrays[name] = np.lib.format.open_memmap(file, mode="r")
+            if array.dtype != dtype or array.shape[1:] != shape:
+                raise ValueError(f"{file.name} is no array of {dtype} and rows of {shape}")
             if len(array) != about["rows"] or file.stat().st_size != array.offset + array.nbytes:
                 raise ValueError(f"{file.name} is not as long as it was")
-            if verify and _checksum(file, array.offset) != checksum:
+            if verify and _checksum(file, array.offset) != about["checksums"][name]:
                 raise ValueError(f"{file.name} fails its checksum")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy has no one type of error for what is no array
         raise DataError(f"{cache}: the converted scenes are damaged ({error}); delete this folder") from None
     return arrays
 
@@ -93,8 +110,7 @@ def build(path: Path, wanted: dict, caches: list[Path], convert: Callable[[Path]
             message = f"cannot convert {path} ({error.strerror or error})"
             raise OSError(error.errno, message, error.filename or str(cache.parent)) from None
         except KeyboardInterrupt:
-            about = _about(new)
-            keep = about is not None and about["rows"] > 0
+            keep = _about(new) is not None  # it is written after the first rows
             raise
         finally:
             if not keep:
@@ -125,7 +141,8 @@ class GrowingArrays:
 
     def __enter__(self) -> "GrowingArrays":
         about = _about(self._folder)
-        if about and about["stamp"] == self._stamp and all(self._holds(name, about["rows"]) for name in self._types):
+        is_ours = about is not None and about.get("stamp") == self._stamp and _is_complete(about, self._types)
+        if is_ours and all(self._holds(name, about["rows"]) for name in self._types):
             self.rows, self._checksums = about["rows"], about["checksums"]
         with contextlib.ExitStack() as stack:
             for name in self._types:
@@ -177,9 +194,16 @@ def _about(folder: Path) -> dict | None:
     """What source.json of a folder says; None where there is none."""
     try:
         about = json.loads((folder / "source.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return about if isinstance(about, dict) else None
+
+
+def _is_complete(about: dict, names: Iterable[str]) -> bool:
+    """Whether source.json says how many rows there are, and the checksum of each of these arrays."""
+    rows, checksums = about.get("rows"), about.get("checksums")
+    numbers = [rows, *(checksums.get(name) for name in names)] if isinstance(checksums, dict) else [None]
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _checksum(file: Path, offset: int) -> int:
@@ -223,7 +247,9 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
                     return True
             except BlockingIOError:
                 waits = True
-                print(f"{folder}: another process converts these scenes; waiting for it", file=sys.stderr, flush=True)
+                if sys.stderr is not None:  # print would take stdout
+                    message = f"{folder}: another process converts these scenes; waiting for it"
+                    print(message, file=sys.stderr, flush=True)
             except FileNotFoundError:
                 pass  # the other process is done, and has removed it
             except OSError as error:

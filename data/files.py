@@ -7,8 +7,6 @@ time, however long the file.
 import errno
 import itertools
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from .cache import GrowingArrays, build, folders, open_arrays, stamp
 from .properties import COLOURS, MATERIALS, MAX_OBJECTS, NUM_PROPERTIES, SHAPES, SIZES, encode
-from .scenes import Scenes, check_indices
+from .scenes import Scenes, check_indices, progress_bar
 from .tfrecord import DataError, byte_feature, float_feature, is_gzip, is_tfrecord, read_examples
 
 __all__ = ["FORMATS", "DataError", "Format", "load"]
@@ -172,19 +169,26 @@ def load(
     cache = next((cache for cache in caches if stamp(cache) == wanted), None)
     if cache is None:
         cache = build(path, wanted, caches, lambda folder: _convert(path, form, folder, wanted, progress))
-    arrays = open_arrays(cache, verify)
-    return (_StoredObjectScenes if form.properties else _StoredScenes)(dataset, arrays)
+    return (_StoredObjectScenes if form.properties else _StoredScenes)(dataset, cache, wanted, verify)
 
 
 class _StoredScenes:
-    """Scenes in arrays by name: image uint8 (n, 3, H, W) and labels uint8 (n, H, W)."""
+    """The scenes of a data set in a folder of arrays: image uint8 (n, 3, H, W) and labels uint8 (n, H, W)."""
 
-    def __init__(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, name: str, cache: Path, wanted: dict, verify: bool = False) -> None:
         self.name = name
         self.size = FORMATS[name].size
         self.num_entities = FORMATS[name].num_entities
-        self._arrays = arrays
-        self._rows = np.arange(len(arrays["image"]))
+        self._arrays = open_arrays(cache, wanted, FORMATS[name].arrays, verify)
+        self._rows = np.arange(len(self._arrays["image"]))
+        self._opened = name, cache, wanted
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Pickled, as for a worker of a DataLoader, they are where the arrays lie: another process opens these again.
+
+        It raises a `DataError` if the scenes have been made anew from another file in the meantime.
+        """
+        return type(self), self._opened
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -204,9 +208,9 @@ class _StoredObjectScenes(_StoredScenes):
 
     num_properties = NUM_PROPERTIES
 
-    def __init__(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        super().__init__(name, arrays)
-        self._rows = np.flatnonzero(arrays["properties"][..., -1].sum(1) < self.num_entities)
+    def __init__(self, *opened: object) -> None:
+        super().__init__(*opened)
+        self._rows = np.flatnonzero(self._arrays["properties"][..., -1].sum(1) < self.num_entities)
 
     def properties(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
         """Copies the objects out of the file; see `ObjectScenes.properties`."""
@@ -219,10 +223,9 @@ class _StoredObjectScenes(_StoredScenes):
 def _convert(path: Path, form: Format, folder: Path, wanted: dict, progress: bool) -> None:
     """Writes the arrays into `folder`, or those that are missing there."""
     # The number of scenes is not known beforehand, so progress is told in bytes of the file.
-    disable = None if progress else True  # None: shown on a terminal only
     with path.open("rb") as file, GrowingArrays(folder, wanted, form.arrays) as arrays:
         size = os.fstat(file.fileno()).st_size
-        with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=disable) as bar:
+        with progress_bar(progress, total=size, desc=path.name, unit="B", unit_scale=True) as bar:
             for features in _blocks(file, form, arrays.rows):
                 image, labels = _images(features["image"], form), _labels(features["mask"], arrays.rows, form)
                 arrays.append(image=image, labels=labels, **_properties(features, arrays.rows))
@@ -345,20 +348,11 @@ def _feature(example: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np
 
 def _npz_blocks(file: BinaryIO, form: Format, skip: int) -> Iterator[dict[str, np.ndarray]]:
     names = ("image", "mask", *((*NUMBERS, *CODES) if form.properties else ()))
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in names}
-    except KeyError:
-        expected = " and ".join(map(repr, names))
-        raise DataError(f"expected the arrays {expected}, got {archive.files}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"the .npz file is damaged ({error})") from None
+    arrays = dict(zip(names, _npz_arrays(file, names), strict=True))
     mask = arrays["mask"]
-    if np.ndim(mask) == 5 and mask.shape[-1] == 1:
+    if mask.ndim == 5 and mask.shape[-1] == 1:
         mask = arrays["mask"] = mask.squeeze(-1)
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{name}: expected an array, got a member of the archive that is none")
         entities = (form.mask[form.entity_axis],)
         shape = {"image": form.image, "mask": form.mask[:-1]}.get(name, entities)
         if array.shape[1:] != shape or array.ndim != 1 + len(shape):
@@ -368,12 +362,44 @@ def _npz_blocks(file: BinaryIO, form: Format, skip: int) -> Iterator[dict[str, n
         types = ("uint8", "bool") if name == "mask" else (np.dtype(_dtype(name)).name,)
         if array.dtype.name not in types:
             raise DataError(f"{name}: expected {' or '.join(types)}, got {array.dtype}")
+        arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
     size = _block_rows(form)
     for start in range(skip, len(mask), size):
         features = {name: array[start : start + size] for name, array in arrays.items()}
         block = np.moveaxis(features["mask"], 1 + form.entity_axis, 1)
         features["mask"] = block * np.uint8(255) if block.dtype == np.bool_ else block
         yield features
+
+
+def _npz_arrays(file: BinaryIO, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The arrays of these names in an open .npz file.
+
+    Raises:
+        DataError: one is missing or is no array, or the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if not set(names) <= set(archive.files):
+                expected = " and ".join(map(repr, names))
+                raise DataError(f"expected the arrays {expected}, got {archive.files}")
+            arrays = []
+            for name in names:
+                array = archive[name]
+                if not isinstance(array, np.ndarray):
+                    raise DataError(f"{name}: expected an array, got a member of the archive that is none")
+                arrays.append(array)
+            return arrays
+    except DataError:
+        raise
+    # A header may ask for terabytes, and a member for a compression or encryption that no one knows: zipfile, its
+    # decompressors and NumPy raise a dozen types of errors. Among them are OSErrors, without a number or, where a
+    # member would lie before the file, with that of an invalid argument.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        what = "is damaged or does not fit into memory" if isinstance(error, MemoryError) else "is damaged"
+        raise DataError(f"the .npz file {what} ({' '.join(str(error).split())})") from None
 
 
 def _shape(shape: tuple[int, ...]) -> str:

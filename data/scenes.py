@@ -1,12 +1,13 @@
 """What every source of scenes offers, be it a generator or a file."""
 
+import sys
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["ObjectScenes", "ResidentScenes", "Scenes", "check_indices"]
+__all__ = ["ObjectScenes", "ResidentScenes", "Scenes", "check_indices", "progress_bar"]
 
 
 @runtime_checkable
@@ -104,7 +105,7 @@ class ResidentScenes:
         self.images = torch.empty(length, 3, height, width, dtype=torch.uint8, device=device)
         self.labels = torch.empty(length, height, width, dtype=torch.uint8, device=device)
         chunks = torch.arange(length).split(1000)
-        for indices in tqdm(chunks, desc=f"{source.name}, a thousand scenes", disable=None if progress else True):
+        for indices in progress_bar(progress, chunks, desc=f"{source.name}, a thousand scenes"):
             chunk = slice(int(indices[0]), int(indices[-1]) + 1)
             self.images[chunk], self.labels[chunk] = source.batch(indices, device)
         if properties:
@@ -125,6 +126,15 @@ class ResidentScenes:
     def _look_up(self, table: Tensor, indices: Tensor, device: torch.device | str | None) -> Tensor:
         check_indices(indices, len(self), values=not indices.is_cuda)
         return table[indices.to(table.device)].to(indices.device if device is None else device)
+
+
+def progress_bar(wanted: bool, *arguments: object, **options: object) -> tqdm:
+    """tqdm's bar with these arguments, where it is wanted and stderr is a terminal."""
+    try:
+        shown = wanted and sys.stderr.isatty()
+    except (AttributeError, ValueError):  # it is closed, before Python started or since
+        shown = False
+    return tqdm(*arguments, disable=not shown, **options)
 
 
 def check_indices(indices: Tensor, length: int, values: bool = True) -> None:

@@ -1,20 +1,24 @@
 """How well a predicted segmentation or reconstruction agrees with the truth, scene by scene.
 
 Segmentations are integer labels, one a pixel; a label's value means nothing beyond "the same
-entity", except that true label 0 is the background. All functions are pure, work on the device of
-their inputs in float64 and are deterministic. Counting costs O(pixels) a scene.
+entity", except that true label 0 is the background. They need not be consecutive: ids of 24 bits are numbered anew.
+All functions are pure, work on the device of their inputs in float64 and are deterministic. Counting costs O(pixels) a
+scene, and with many entities the table of all pairs of a true and a predicted one.
 """
 
 import math
+import operator
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .properties import kinds
+from .properties import NUM_PROPERTIES, kinds
 
 __all__ = ["adjusted_rand_index", "average_precision", "mean_best_overlap", "mean_iou", "mean_squared_error"]
+
+MANY = 256  # labels from here on are numbered anew, unless their number is given
 
 
 def adjusted_rand_index(
@@ -35,9 +39,9 @@ def adjusted_rand_index(
     Args:
         true_labels: integers (B, H, W) or (B, N).
         pred_labels: integers of the same shape.
-        num_true: labels run from 0 to ``num_true - 1``. None looks for the largest label, for
+        num_true: labels run from 0 to ``num_true - 1``. None looks at the labels, for
             which the host waits for the device; given, nothing waits. A scene with a label outside
-            the range scores NaN.
+            the range scores NaN, and without a range one with a negative label.
         num_pred: the same for `pred_labels`.
         ignore_background: leave out the pixels whose true label is 0.
 
@@ -45,7 +49,8 @@ def adjusted_rand_index(
         float64 (B,), at most 1.
 
     Raises:
-        TypeError, ValueError: the labels are no integers or differ in shape or device.
+        TypeError: the labels are no tensors of integers, or a number is no integer.
+        ValueError: they differ in shape or device, or a number is below 1.
     """
     counts = _contingency(true_labels, pred_labels, num_true, num_pred)
     if ignore_background:
@@ -126,8 +131,9 @@ def mean_squared_error(reconstruction: Tensor, image: Tensor) -> Tensor:
         (B,), float64 for float64 inputs and float32 for all others.
 
     Raises:
-        TypeError, ValueError: an argument is not floating point, or the shapes differ.
+        TypeError, ValueError: an argument is no tensor or not floating point, or the shapes differ.
     """
+    _check_tensors(reconstruction=reconstruction, image=image)
     for argument, tensor in (("reconstruction", reconstruction), ("image", image)):
         if not tensor.is_floating_point():
             raise TypeError(f"{argument}: expected a floating point tensor, got {tensor.dtype}")
@@ -140,6 +146,7 @@ def mean_squared_error(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int | None) -> Tensor:
     """Pixels by true and by predicted label: float64 (B, num_true, num_pred), NaN for a bad scene."""
+    _check_tensors(true_labels=true, pred_labels=pred)
     for argument, labels in (("true_labels", true), ("pred_labels", pred)):
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"{argument}: expected integers, got {labels.dtype}")
@@ -148,11 +155,10 @@ def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int
         raise ValueError(f"true_labels and pred_labels: expected one shape (B, H, W) or (B, N), got {shapes}")
     if true.device != pred.device:
         raise ValueError(f"true_labels and pred_labels: on {true.device} and on {pred.device}")
-    true, pred = true.flatten(1).long(), pred.flatten(1).long()
-    num_true = _number("num_true", num_true, true)
-    num_pred = _number("num_pred", num_pred, pred)
+    true, num_true, true_valid = _consecutive("num_true", num_true, true.flatten(1).long())
+    pred, num_pred, pred_valid = _consecutive("num_pred", num_pred, pred.flatten(1).long())
 
-    valid = ((true >= 0) & (true < num_true) & (pred >= 0) & (pred < num_pred)).all(1, keepdim=True)
+    valid = true_valid & pred_valid
     cells = torch.where(valid, true * num_pred + pred, 0)
     # Counted in integers, whose sum does not depend on the order in which a GPU adds them.
     counts = torch.zeros(len(true), num_true * num_pred, dtype=torch.int64, device=true.device)
@@ -160,12 +166,54 @@ def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int
     return torch.where(valid, counts.double(), torch.nan).unflatten(1, (num_true, num_pred))
 
 
-def _number(argument: str, number: int | None, labels: Tensor) -> int:
+def _consecutive(argument: str, number: int | None, labels: Tensor) -> tuple[Tensor, int, Tensor]:
+    """Labels (B, N) in a range that makes no larger a table than it must, and which scenes have no label out of range.
+
+    Args:
+        argument: the name of `number`.
+        number: the range that the user gave, or None.
+        labels: int64.
+
+    Returns:
+        The same labels, or others of which each stands for one of theirs and 0 for 0; the end of their range; bool
+        (B, 1), whether all of a scene's labels are in the range that was given.
+    """
+    if number is not None:
+        number = _integer(argument, number)
+        if number < 1:
+            raise ValueError(f"{argument}: expected 1 or more, got {number}")
+    valid = labels >= 0 if number is None else (labels >= 0) & (labels <= min(number, 2**63) - 1)
+    valid = valid.all(1, keepdim=True)
     if number is None:
-        return max(1, int(labels.amax()) + 1) if labels.numel() else 1
-    if number < 1:
-        raise ValueError(f"{argument}: expected 1 or more, got {number}")
-    return number
+        largest = int(labels.amax()) if labels.numel() else 0
+        if largest < MANY:
+            return labels, max(largest, 0) + 1, valid
+        labels = _ranks(labels)
+        return labels, int(labels.amax()) + 1, valid
+    # A scene has no more labels than pixels, one of which is 0 without a pixel.
+    if number > (most := labels.shape[1] + 1):
+        return _ranks(labels), most, valid
+    return labels, number, valid
+
+
+def _ranks(labels: Tensor) -> Tensor:
+    """The place of each label among those of its scene, (B, N), and 0 for label 0, whether or not it is among them."""
+    ordered, order = labels.sort(1)
+    rises = torch.cat([ordered[:, :1] != 0, ordered[:, 1:] != ordered[:, :-1]], 1)
+    return torch.empty_like(labels).scatter_(1, order, rises.cumsum(1))
+
+
+def _integer(argument: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{argument}: expected an integer, got {number!r}") from None
+
+
+def _check_tensors(**arguments: Tensor) -> None:
+    for argument, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
 
 
 def _overlaps(
@@ -199,7 +247,16 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
 
     Returns:
         In [0, 1]; NaN where no scene has an object. Complexity O(B K M).
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor, or of another shape.
     """
+    _check_tensors(predicted=predicted, objects=objects)
+    for argument, tensor in (("predicted", predicted), ("objects", objects)):
+        if tensor.ndim != 3 or tensor.shape[2] != NUM_PROPERTIES:
+            raise ValueError(f"{argument}: expected shape (B, K, {NUM_PROPERTIES}), got {tuple(tensor.shape)}")
+    if len(predicted) != len(objects):
+        raise ValueError(f"predicted and objects: expected as many scenes, got {len(predicted)} and {len(objects)}")
     predicted, objects = predicted.detach().double().cpu(), objects.detach().double().cpu()
     same = objects[..., None, :, -1] > 0.5
     for ours, theirs in zip(kinds(predicted), kinds(objects), strict=True):

@@ -1,5 +1,9 @@
 """The table of data sets, and the contact sheets."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import matplotlib.image
 import pytest
 import torch
@@ -28,6 +32,13 @@ def test_the_table_tells_what_the_scenes_are(name):
 def test_no_such_data_set():
     with pytest.raises(ValueError, match=r"name: expected one of 'tetrominoes', .*, got 'clever': no such data set"):
         generator("clever", 1)
+
+
+def test_the_command_without_docstrings():
+    command = [sys.executable, "-OO", "-m", "data", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "A contact sheet: some scenes of a data set" in done.stdout
 
 
 def test_contact_sheet(tmp_path):

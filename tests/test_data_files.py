@@ -3,12 +3,18 @@
 import contextlib
 import errno
 import gzip
+import io
+import json
 import os
+import pickle
+import pwd
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import google_crc32c
@@ -16,7 +22,18 @@ import numpy as np
 import pytest
 import torch
 
-from data import DATASETS, DataError, ObjectScenes, Scenes, TetrominoesGenerator, cache, files, load, tfrecord
+from data import (
+    DATASETS,
+    DataError,
+    ObjectScenes,
+    ResidentScenes,
+    Scenes,
+    TetrominoesGenerator,
+    cache,
+    files,
+    load,
+    tfrecord,
+)
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT.parent / "shared" / "data"
@@ -356,6 +373,77 @@ def test_user_cache_where_the_folder_is_read_only(path, tmp_path, monkeypatch):
     assert same(load(path, progress=False), 6)
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_no_home(path, monkeypatch, writable):
+    """As under a bare user id in a container: beside the file is a place all the same."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    write(path)
+    if writable:
+        assert same(load(path, progress=False), 6)
+    else:
+        monkeypatch.setattr(cache, "_lock", denied)
+        refuse(path, "no place to keep the scenes of .*, pass another cache_dir", OSError)
+
+
+def test_user_cache_below_home(path, tmp_path, monkeypatch):
+    """Where no shell has put the home in place of "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/mine")
+    assert tmp_path / "mine" / "iio_kernels" == cache.folders(path, None)[1].parent
+
+
+@pytest.mark.parametrize("closed", [None, io.StringIO()], ids=["before Python started", "since"])
+def test_a_stderr_that_is_closed(path, monkeypatch, capsys, closed):
+    write(path)
+    if closed is not None:
+        closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    scenes = load(path)
+    assert same(ResidentScenes(scenes, "cpu"), 6)
+    assert capsys.readouterr().out == ""
+
+
+def test_pickled_scenes_are_opened_again(path, tmp_path, monkeypatch):
+    """As in the workers of a DataLoader that are spawned, which may be elsewhere."""
+    write(path, 40)
+    monkeypatch.chdir(tmp_path)
+    scenes = load(path.relative_to(tmp_path), cache_dir="here", progress=False)
+    data = pickle.dumps(scenes)
+    assert len(data) < 1000  # a scene has 4900 bytes
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert same(again, 40)
+    assert again._arrays["image"].filename == scenes._arrays["image"].filename
+    assert type(again) is type(scenes)
+    # Never other scenes than those that were pickled.
+    write(path, 41, seed=1)
+    load(path, cache_dir=tmp_path / "here", progress=False)
+    with pytest.raises(DataError, match=r"were made anew from another file; load them again"):
+        pickle.loads(data)
+    shutil.rmtree(tmp_path / "here")
+    with pytest.raises(DataError, match=r"the converted scenes are gone"):
+        pickle.loads(data)
+
+
+def test_pickled_scenes_of_some_objects(path):
+    path.write_bytes(b"".join(frame(clevr_record(clevr(count, seed))) for seed, count in enumerate((7, 3))))
+    scenes = load(path, dataset="clevr6", progress=False)
+    again = pickle.loads(pickle.dumps(scenes))
+    assert (len(again), again.num_entities, again.name) == (1, 7, "clevr6")
+    first = torch.tensor([0])
+    assert torch.equal(again.batch(first)[1], scenes.batch(first)[1])
+    assert torch.equal(again.properties(first), scenes.properties(first))
+
+
 def test_no_place_for_the_cache(path, tmp_path):
     write(path)
     (tmp_path / "plain").write_text("")
@@ -367,7 +455,32 @@ def test_no_place_for_the_cache(path, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("damage", "what"), [(lambda data: data[:-1], ""), (lambda data: data + b"x", "as long as")])
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npz_of_nothing(_):
+    file = io.BytesIO()
+    np.savez(file, image=np.zeros(6))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda data: data[:-1], ""),
+        (lambda data: data + b"x", "as long as"),
+        (lambda data: b"", ""),
+        (lambda data: data[:20], ""),
+        (lambda data: data.replace(b"(6, ", b"(6_,"), ""),
+        (lambda data: npy(np.zeros((6, 3, 35, 35), np.int8)), "is no array of uint8"),
+        (lambda data: npy(np.zeros((6, 3, 35, 30), np.uint8)), "is no array of uint8"),
+        (lambda data: npy(np.float32(1)), "is no array of uint8"),
+        (npz_of_nothing, ""),
+    ],
+)
 def test_damaged_cache(path, damage, what):
     write(path)
     load(path, progress=False)
@@ -464,6 +577,42 @@ def test_a_cache_that_says_nothing_is_made_anew(path, about):
     load(path, progress=False)
     (path.parent / f"{path.name}.cache" / "source.json").write_text(about)
     assert same(load(path, progress=False), 6)
+
+
+WHOLE = {"rows": 6, "checksums": {"image": 1, "labels": 1}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": None},
+        {"rows": -6},
+        {"rows": "6"},
+        {"rows": True},
+        {"checksums": None},
+        {"checksums": []},
+        {"checksums": {}},
+        {"checksums": {"image": 1}},
+        {"checksums": {"image": 1, "labels": "1"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lacks", [False, True])
+def test_a_cache_that_says_too_little(path, change, lacks):
+    """The arrays of it are damaged; those of an interrupted conversion are made anew."""
+    write(path)
+    load(path, progress=False)
+    folder = path.parent / f"{path.name}.cache"
+    about = json.loads((folder / "source.json").read_text()) | change
+    if lacks:
+        about = {name: value for name, value in about.items() if name not in change}
+    (folder / "source.json").write_text(json.dumps(about))
+    refuse(path, "the converted scenes are damaged .source.json does not say .*; delete this folder")
+    part = path.parent / f".{path.name}.cache.part"
+    part.mkdir()
+    folder.rename(part / "new")
+    assert same(load(path, progress=False), 6)
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_killed_during_the_conversion(path, monkeypatch):
@@ -691,6 +840,97 @@ def test_cut_off_npz(path):
         np.savez_compressed(file, image=np.zeros((9, 35, 35, 3), np.uint8), mask=np.zeros((9, 4, 35, 35), bool))
     path.write_bytes(path.read_bytes()[:200])
     refuse(path, "the .npz file is damaged")
+
+
+def written_npz(count=2, compression=zipfile.ZIP_STORED):
+    """An .npz file of Tetrominoes."""
+    image, labels = generated(count)
+    mask = np.stack([labels == entity for entity in range(4)], 1)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("image.npy", npy(np.ascontiguousarray(image.transpose(0, 2, 3, 1))))
+        archive.writestr("mask.npy", npy(mask))
+    return file.getvalue()
+
+
+def patched(offset, value):
+    """A zip file whose members' headers have `value` at `offset`, and two bytes later in the archive's directory."""
+    data = bytearray(written_npz())
+    for signature, at in ((b"PK\x03\x04", offset), (b"PK\x01\x02", offset + 2)):
+        for found in re.finditer(signature, bytes(data)):
+            struct.pack_into("<H", data, found.start() + at, value)
+    return bytes(data)
+
+
+def with_header(about):
+    """An .npz file whose image's header says this."""
+    header = about.encode("latin1").ljust(117) + b"\n"
+    member = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(100)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("image.npy", member)
+        archive.writestr("mask.npy", npy(np.zeros((2, 4, 35, 35), bool)))
+    return file.getvalue()
+
+
+TERABYTES = "{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000, 35, 35, 3)}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        patched(8, 9),  # Deflate64
+        patched(8, 99),  # a compression that there is not
+        patched(6, 1),  # encrypted
+        patched(6, 1 << 5),  # compressed patches
+        patched(6, 1 << 6),  # encrypted otherwise
+        patched(4, 99),  # of a later version
+        *(patched(8, method) for method in (8, 12, 14)),  # never compressed at all
+        with_header(TERABYTES),
+        with_header(TERABYTES.replace("10000000000", "4611686018427387904")),
+        with_header(TERABYTES.replace("10000000000", "-1")),
+        with_header(TERABYTES.replace("10000000000", "'a'")),
+        with_header(TERABYTES.replace("|u1", "|u99")),
+        with_header(TERABYTES[:40]),
+        with_header("(" * 5000),
+        with_header("[" + "{" * 100),
+        with_header("\xff" * 50),
+        with_header("1" * 9000),
+    ],
+)
+def test_damaged_npz(path, content):
+    path.write_bytes(content)
+    refuse(path, "train.tfrecords: the .npz file is damaged")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("position", [60, 100, 150, 400])
+def test_damaged_compression(path, compression, position):
+    data = bytearray(written_npz(5, compression))
+    data[position] ^= 0x5A
+    path.write_bytes(data)
+    refuse(path, "the .npz file is damaged")
+
+
+def test_any_damaged_byte_of_an_npz_is_noticed_or_means_nothing(path):
+    data = written_npz(1)
+    for position in (*range(0, 250, 7), *range(len(data) - 200, len(data), 7)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            assert same(load(path, progress=False), 1)
+
+
+def test_npz_of_another_byte_order(path):
+    scenes = [clevr(3), clevr(4)]
+    arrays = {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
+    for name in files.NUMBERS:
+        arrays[name] = arrays[name].astype(">f4")
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+    got = load(path, dataset="clevr10", progress=False).properties(torch.arange(2))
+    assert np.allclose(got[0, 0, :3].numpy(), [(scenes[0][name][1] + 3) / 6 for name in "xyz"], atol=1e-6)
 
 
 def test_no_scenes_in_npz(path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from data.scores import adjusted_rand_index, mean_best_overlap, mean_iou, mean_squared_error
+from data.scores import adjusted_rand_index, average_precision, mean_best_overlap, mean_iou, mean_squared_error
 
 DEVICES = [
     "cpu",
@@ -177,10 +177,37 @@ def test_labels_out_of_range_score_nan(score):
     close(score(-torch.ones(1, 3, dtype=torch.long), pred[:1]), [math.nan])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ignore_background", [False, True])
+@pytest.mark.parametrize("numbers", [{}, {"num_true": 2**24, "num_pred": 2**63}], ids=["looked for", "given"])
+@pytest.mark.parametrize("score", SEGMENTATION_SCORES)
+def test_labels_need_not_be_consecutive(score, numbers, ignore_background, device):
+    """As ids packed from the colours of a picture, or hashes: a table of all up to the largest has terabytes."""
+    rng = np.random.default_rng(0)
+    true, pred = torch.tensor(rng.integers(0, 6, (30, 40))), torch.tensor(rng.integers(0, 9, (30, 40)))
+    true[:10] += 1  # scenes without a background
+    true, pred = true.to(device), pred.to(device)
+    ids = torch.tensor([0, *rng.choice(np.arange(1, 2**24), 6, replace=False)], device=device)
+    hashes = torch.tensor(rng.choice(2**62, 9), device=device)
+    hashes[4] = 2**63 - 1
+    expected = score(true, pred, ignore_background=ignore_background)
+    close(score(ids[true], hashes[pred], ignore_background=ignore_background, **numbers), expected.cpu())
+    outside = hashes.clone()
+    outside[0] = -1
+    got = score(ids[true], outside[pred], ignore_background=ignore_background, **numbers)
+    assert got.isnan().tolist() == (pred == 0).any(1).tolist()
+    if numbers:
+        assert score(ids[true] + 2**24, hashes[pred], **numbers).isnan().all()
+
+
 @pytest.mark.parametrize("score", SEGMENTATION_SCORES)
 @pytest.mark.parametrize(
     ("true", "pred", "options", "error", "message"),
     [
+        (TRUE.numpy(), PRED, {}, TypeError, "true_labels: expected a tensor, got ndarray"),
+        (TRUE, PRED.tolist(), {}, TypeError, "pred_labels: expected a tensor, got list"),
+        (TRUE, PRED, {"num_true": 3.0}, TypeError, "num_true: expected an integer, got 3.0"),
+        (TRUE, PRED, {"num_pred": "3"}, TypeError, "num_pred: expected an integer, got '3'"),
         (torch.zeros(2, 3), TRUE, {}, TypeError, "true_labels: expected integers, got torch.float32"),
         (TRUE, TRUE > 0, {}, TypeError, "pred_labels: expected integers, got torch.bool"),
         (TRUE, TRUE[:, :3], {}, ValueError, r"expected one shape .*, got \(1, 8\) and \(1, 3\)"),
@@ -212,5 +239,17 @@ def test_mean_squared_error_of_bad_input():
     image = torch.zeros(1, 3, 4, 4)
     with pytest.raises(TypeError, match=r"image: expected a floating point tensor, got torch.uint8"):
         mean_squared_error(image, image.byte())
+    with pytest.raises(TypeError, match=r"image: expected a tensor, got ndarray"):
+        mean_squared_error(image, image.numpy())
     with pytest.raises(ValueError, match=r"expected one shape .*, got \(1, 3, 4, 4\) and \(3, 4, 4\)"):
         mean_squared_error(image, image[0])
+
+
+def test_average_precision_of_bad_input():
+    objects = torch.zeros(2, 5, 19)
+    with pytest.raises(TypeError, match=r"objects: expected a tensor, got ndarray"):
+        average_precision(objects, objects.numpy())
+    with pytest.raises(ValueError, match=r"predicted and objects: expected as many scenes, got 2 and 1"):
+        average_precision(objects, objects[:1])
+    with pytest.raises(ValueError, match=r"predicted: expected shape \(B, K, 19\), got \(2, 5, 18\)"):
+        average_precision(objects[..., 1:], objects)
