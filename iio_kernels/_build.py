@@ -173,7 +173,7 @@ def built(library: Library) -> Path:
             if path := _cached(folder, name):
                 return path
         raise
-    refused = []
+    refused: list[str] = []
     for folder in folders:
         if path := _cached(folder, name):
             return path
