@@ -240,7 +240,7 @@ class SlotAttention(nn.Module, Generic[Result]):
         updates_size = slot_size if combine_heads else kvq_size
         if update != "gru" and updates_size != slot_size:
             raise ValueError(f"kvq_size: expected slot_size = {slot_size} without GRU or combine_heads, got {kvq_size}")
-        self.scale = (kvq_size // heads) ** -0.5 if scale is None else _checks.number("scale", scale)
+        self.scale: float = (kvq_size // heads) ** -0.5 if scale is None else _checks.number("scale", scale)
         self.eps = _checks.number("eps", eps, at_least=0)
         self.joint_heads, self.eps_in, self.normalize, self.softmax = joint_heads, eps_in, normalize, softmax
         self.update, self.normalized_state, self.mlp_last = update, normalized_state, mlp_last

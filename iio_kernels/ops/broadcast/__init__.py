@@ -111,7 +111,7 @@ class BroadcastFunction(torch.autograd.Function):
         return kernels.forward(constant, position_map, rows, columns, relu, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         constant, position_map, *ctx.options, _, ctx.backend = inputs
         ctx.save_for_backward(constant, position_map)
 

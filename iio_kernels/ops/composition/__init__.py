@@ -146,7 +146,7 @@ class CompositionFunction(torch.autograd.Function):
         return kernels.forward(decoded, image, return_reconstruction, return_masks)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         decoded, image, _, _, ctx.backend = inputs
         ctx.save_for_backward(decoded, image)
         ctx.set_materialize_grads(False)

@@ -311,7 +311,7 @@ class IIOLossFunction(torch.autograd.Function):
         return kernels.loss_and_gradient(image, masks, inpainter, *needs_gradient, draw)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         image, masks, *_ = inputs
         _, dimage, dmasks = output
         ctx.mark_non_differentiable(dimage, dmasks)
@@ -338,7 +338,7 @@ class ConditionalEntropiesFunction(torch.autograd.Function):
         return _backends.implementation("inpainting", backend).conditional_entropies(image, masks, inpainter)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         image, masks, ctx.inpainter, ctx.backend = inputs
         ctx.save_for_backward(image, masks)
 
@@ -360,7 +360,7 @@ class InpaintFunction(torch.autograd.Function):
         return _backends.implementation("inpainting", backend).inpaint(image, masks, inpainter)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         image, masks, ctx.inpainter, ctx.backend = inputs
         ctx.save_for_backward(image, masks)
 

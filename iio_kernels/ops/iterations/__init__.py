@@ -175,7 +175,7 @@ class IterationsFunction(torch.autograd.Function):
         return kernels.forward(x, slots, maps, iterations, eps, norm_eps, return_attention)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor]) -> None:
         x, slots, _, ctx.eps, _, _, ctx.backend, *maps = inputs
         *_, tape = output
         ctx.mark_non_differentiable(tape)

@@ -159,7 +159,7 @@ class MixtureFunction(torch.autograd.Function):
         return kernels.forward(image, decoded, sigma, everything)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         image, decoded, ctx.sigma, everything, ctx.backend = inputs
         kept = _backends.implementation("mixture", ctx.backend).KEPT if everything else ()
         if everything:

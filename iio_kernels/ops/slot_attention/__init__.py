@@ -246,7 +246,7 @@ class SlotAttentionFunction(torch.autograd.Function):
         return kernels.forward(q, k, v, logit_bias, slot_mask, input_mask, options, return_attention)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         q, k, v, logit_bias, slot_mask, input_mask, ctx.options, _, ctx.backend = inputs
         U, S, _ = output
         ctx.save_for_backward(q, k, v, logit_bias, slot_mask, input_mask, U, S)
