@@ -141,7 +141,8 @@ def load(
     Returns:
         The scenes in the order of the file. Label 0 is the background: the mask's first entity or, of Objects Room, the
         first four (sky, floor and walls); pixels of no entity are background, too, and pixels of several belong to the
-        first of these. Images of one channel have it three times.
+        first of these. Images of one channel have it three times. Pickled, as for the workers of a DataLoader, they are
+        but their place: the other process opens the converted scenes again.
 
         "clevr6" and "clevr10" are CLEVR with masks, the scenes of at most 6 objects and all; both are served from one
         conversion, and follow `ObjectScenes`. Rows 29 to 220 and columns 64 to 255 are resized to 128 x 128 as by the

@@ -131,6 +131,8 @@ def _read(stream: BinaryIO, size: int) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         message = str(error).rstrip(".")
         raise DataError(f"the gzip compression is cut off or damaged ({message})") from None
+    except (MemoryError, OverflowError):
+        raise DataError(f"the record says that it has {size} bytes, which do not fit into memory") from None
 
 
 def _checksum(data: bytes) -> int:

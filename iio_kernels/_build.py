@@ -241,7 +241,7 @@ def cache_folders() -> list[Path]:
     with contextlib.suppress(OSError):  # there is no folder for temporary files
         user = os.geteuid() if os.name == "posix" else "user"
         folders.append(Path(os.path.realpath(tempfile.gettempdir()), f"iio_kernels-{user}"))
-    return [folder for folder in folders if folder is not None]
+    return list(dict.fromkeys(folder for folder in folders if folder is not None))
 
 
 def _expanded(folder: str | None) -> Path | None:

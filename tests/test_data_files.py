@@ -61,13 +61,18 @@ def example(**features):
     return field(1, b"".join(entries))
 
 
-def frame(payload):
-    def checksum(data):
-        crc = google_crc32c.value(data)
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+def checksum(data):
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
 
-    length = struct.pack("<Q", len(payload))
-    return length + checksum(length) + payload + checksum(payload)
+
+def header(length):
+    length = struct.pack("<Q", length)
+    return length + checksum(length)
+
+
+def frame(payload):
+    return header(len(payload)) + payload + checksum(payload)
 
 
 def record(image, labels):
@@ -793,6 +798,14 @@ def test_damaged_record(path, offset, message):
     data[3 * RECORD + offset] ^= 0x10
     path.write_bytes(gzip.compress(data, 1, mtime=0))
     refuse(path, f"record 3: .*{message}")
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("length", [2**62, 2**63 - 1, 2**64 - 1])
+def test_a_record_of_more_bytes_than_there_can_be(path, length, compress):
+    data = write(path, 1, compress=False) + header(length) + bytes(100)
+    path.write_bytes(gzip.compress(data, 1, mtime=0) if compress else data)
+    refuse(path, f"record 1: the record says that it has {length} bytes, which do not fit into memory")
 
 
 @pytest.mark.parametrize("entity", [0, 3])
