@@ -38,6 +38,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+# Threads meet some hundred times in a step. Those that are there first spin for some 3 ms by default, and burn the time
+# that the last one, whose core another program has, waits for; now for 0.1 ms, then they sleep. libgomp reads this when
+# it is loaded. bench/README.md has what it is worth.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 import tyro
