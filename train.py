@@ -20,23 +20,25 @@ import copy
 import ctypes
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TextIO
 
 # Threads meet some hundred times in a step. Those that are there first spin for some 3 ms by default, and burn the time
 # that the last one, whose core another program has, waits for; now for 0.1 ms, then they sleep. libgomp reads this when
@@ -47,7 +49,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -574,19 +577,57 @@ def same_on_all_ranks(x: Any) -> Any:
     return x
 
 
-def say(words: str, **options: Any) -> None:
-    if rank() == 0:
-        print(words, flush=True, **options)
+def open_standard_streams() -> None:
+    """Let output and errors take all that is printed: what the shell closed leads nowhere, what an encoding has not is
+    escaped."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # or the next file to be opened would be number 2, and get what libraries say of errors
+    os.close(handle)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(words: str, file: TextIO | None = None) -> None:
+    """Print on process number 0. The work goes on where that fails, as where a reader like `head` has left."""
+    if rank() > 0:
+        return
+    stream = file or sys.stdout
+    try:
+        print(words, file=stream, flush=True)
+    except OSError as error:
+        # What is printed from now on leads nowhere, and so does what the stream still holds.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        if stream is sys.stdout:
+            warn(f"nothing more can be printed ({error.strerror}); the work goes on")
+
+
+def warn(words: str) -> None:
+    say(f"train.py: warning: {words}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- the run's folder
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: a reader, or a kill at any moment, never meets half of it."""
+def write(path: Path, content: bytes | memoryview | str) -> None:
+    """Write a file whole or not at all: a reader, or a kill at any moment, never meets half of it.
+
+    Raises:
+        OSError: it cannot be written, as where the disk is full; what was there before still is, and nothing else.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        # A name in it may be no UTF-8.
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -612,23 +653,20 @@ def claim(folder: Path, claims: ExitStack) -> bool:
 def open_run(config: Config, claims: ExitStack) -> Path:
     """Make the run's folder, and claim it. Results that are there are never overwritten."""
     folder = config.out
-    try:
-        if folder is not None:
-            if not claim(folder, claims):
-                raise UsageError(f"--out: another process trains in {folder}: choose another one")
-        else:
-            name = default_name(config)
-            folder, number = Path("runs", name), 2
-            while (folder / "summary.json").exists() or not claim(folder, claims):
-                folder, number = Path("runs", f"{name}-{number}"), number + 1
-        if (folder / "summary.json").exists():
-            raise UsageError(f"{folder} holds a finished run: choose another --out")
-        if (folder / "checkpoint.pt").exists() or (several(config) and (folder / "config.json").exists()):
-            raise UsageError(f"{folder} holds an unfinished run: continue it with {resume_command(folder)}, "
-                             f"or choose another --out")  # fmt: skip
-        write(folder / "config.json", json.dumps(to_json(config), indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"--out: cannot write to {folder}: {error.strerror}") from None
+    if folder is not None:
+        if not claim(folder, claims):
+            raise UsageError(f"--out: another process trains in {folder}: choose another one")
+    else:
+        name = default_name(config)
+        folder, number = Path("runs", name), 2
+        while is_finished(folder) or not claim(folder, claims):
+            folder, number = Path("runs", f"{name}-{number}"), number + 1
+    if is_finished(folder):
+        raise UsageError(f"{folder} holds a finished run: choose another --out")
+    if (folder / "checkpoint.pt").exists() or (several(config) and (folder / "config.json").exists()):
+        raise UsageError(f"{folder} holds an unfinished run: continue it with {resume_command(folder)}, "
+                         f"or choose another --out")  # fmt: skip
+    write(folder / "config.json", json.dumps(to_json(config) | {"started_in": os.getcwd()}, indent=2) + "\n")
     return folder
 
 
@@ -649,15 +687,25 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
         raise UsageError(f"--resume continues a run with its own options: leave out {', '.join(map(option, others))}")
     if folder.is_file():
         raise UsageError(f"--resume: {folder} is a file: give the run's folder, {folder.parent}")
-    if (folder / "summary.json").exists():
-        raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
     try:
         saved = json.loads((folder / "config.json").read_text())
         saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
+        started_in = saved.pop("started_in", "")  # earlier runs did not keep it
         saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
-        return Config(**saved | {"score_steps": tuple(saved["score_steps"])}), folder
+        for name in ("data", "from_"):
+            if saved[name] is not None and (there := Path(started_in, saved[name])).exists():
+                saved[name] = there
+        config = Config(**saved | {"score_steps": tuple(saved["score_steps"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--resume: {folder} holds no run ({error})") from None
+    if is_finished(folder) and (several(config) or (folder / PICTURES[config.task]).exists()):
+        raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
+    return config, folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has all scores and weights. Its picture may lack, which `--resume` then draws."""
+    return (folder / "summary.json").exists()
 
 
 def resume_command(folder: Path) -> str:
@@ -665,7 +713,23 @@ def resume_command(folder: Path) -> str:
     if num_ranks() > 1:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         program = f"torchrun --nproc-per-node {here}" if here == num_ranks() else "torchrun [its options as before]"
-    return f"{program} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+    return f"{program} {quoted(sys.argv[0])} --resume {quoted(str(folder))}"
+
+
+def quoted(name: str) -> str:
+    """A file's name for a shell, and for a terminal: what is no UTF-8 as the bytes' numbers."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        escaped = "".join(chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in os.fsencode(name))
+        return f"$'{escaped}'"
+    return shlex.quote(name)
+
+
+def to_continue(folder: Path | None) -> str:
+    """How to go on with the run in a folder, where one was begun and is not finished."""
+    begun = folder is not None and (folder / "config.json").exists() and not is_finished(folder)
+    return f"; to continue: {resume_command(folder)}" if begun else ""
 
 
 #: What a model is built from, and weights carry with them.
@@ -680,10 +744,23 @@ SCORING = ("eval_only", "dataset", "data", "preset", "num_scenes", "eval_scenes"
 
 def save_weights(path: Path, model: nn.Module, config: Config, results: dict) -> None:
     """Weights as safetensors, with what is needed to build the model again."""
-    about = {"architecture": json.dumps({name: getattr(config, name) for name in ARCHITECTURE})}
-    about |= {"scores": json.dumps(results), "num_scenes": str(config.num_scenes), "dataset": config.dataset}
+    about = {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}, "scores": results}
+    about |= {"num_scenes": config.num_scenes, "dataset": config.dataset}
     about |= {"data": "" if config.data is None else config.data.name}
-    write(path, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, about))
+    # All under one key: safetensors writes several in an order of its own, and equal runs shall leave equal files.
+    metadata = {"iio_kernels": json.dumps(about)}
+    write(path, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, metadata))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and what they carry: their architecture, their scores, and which scenes they were trained on."""
+    content = path.read_bytes()  # safe_open takes no name that is no UTF-8
+    tensors = from_safetensors(content)
+    about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    if "iio_kernels" in about:
+        return tensors, json.loads(about["iio_kernels"])
+    # Earlier ones kept each under a key of its own.
+    return tensors, about | {key: json.loads(about[key]) for key in ("architecture", "scores") if key in about}
 
 
 def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:
@@ -691,11 +768,8 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give the weights in it, such as {path / 'before.safetensors'}")
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-        shape = json.loads(about["architecture"])
+        tensors, about = read_weights(path)
+        shape = about["architecture"]
         dataset = about.get("dataset", config.dataset)
         shape = {"task": "discovery", "model": "slot-attention", "ablation": "none", "pixel_sigma": None,
                  "slot_size": 64, "downsample": None} | shape  # fmt: skip
@@ -703,12 +777,12 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
             shape |= {n: getattr(config, n) for n in ("num_slots", "iterations") if getattr(config, n) is not None}
         sizes = {name: None if shape[name] is None else int(shape[name]) for name in SIZES}
         config = dataclasses.replace(config, **{n: shape[n] for n in ARCHITECTURE if n not in SIZES}, **sizes)
+        seen = scenes_seen(about, config)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path} holds no weights of a run ({error})") from None
     if dataset in DATASETS and DATASETS[dataset].size != DATASETS[config.dataset].size:
         raise UsageError(f"--dataset {config.dataset}: {path.name} was trained on {dataset}, whose images have another "
                          f"size; add --dataset {dataset}")  # fmt: skip
-    seen = scenes_seen(about, config)
     if config.num_scenes is None and config.eval_only is not None and seen:
         config = dataclasses.replace(config, num_scenes=seen)
     if config.num_scenes is not None and config.num_scenes < seen:
@@ -717,7 +791,7 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
     return config, tensors
 
 
-def scenes_seen(about: dict[str, str], config: Config) -> int:
+def scenes_seen(about: dict[str, Any], config: Config) -> int:
     """How many of the scenes asked for, the first, weights were trained on, by what they carry: 0 if on others."""
     source = config.dataset, "" if config.data is None else config.data.name
     trained_on = about.get("dataset", config.dataset), about.get("data", "")
@@ -734,22 +808,36 @@ def pretrained(config: Config) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    temporary = folder / "checkpoint.pt.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "checkpoint.pt")
+    content = io.BytesIO()  # of a file that cannot be written torch.save says nothing that tells why
+    torch.save(state, content)
+    write(folder / "checkpoint.pt", content.getbuffer())
 
 
 def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch.load looks at no checksum
+                raise zipfile.BadZipFile
         # weights_only: a checkpoint is data, and one from a stranger cannot run code.
         state = torch.load(path, map_location=config.device, weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError):
+    except OSError:
+        raise
+    except Exception:  # a damaged file can be wrong in any way
         raise UsageError(f"{path} is not a checkpoint of a run: it is damaged, or holds more than tensors") from None
-    if not state.keys() >= {"phase", "step", "seconds", "results", "optimizer", "model"} or (
+    entries = {"phase", "step", "seconds", "results", "optimizer", "model"}
+    if not isinstance(state, dict) or not state.keys() >= entries or (
         state["optimizer"] is not None and not state["optimizer"].keys() <= {"adam", "rmsprop", "muon"}
-    ):
+    ):  # fmt: skip
         raise UsageError(f"{path} was written by another version of train.py: continue the run with that version")
     return state
+
+
+def step_of(line: bytes) -> int | None:
+    """Of which step a line of metrics.jsonl is; None where it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Metrics:
@@ -759,18 +847,27 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             # What a killed run logged after its last checkpoint is about to be logged again.
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
-            write(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = [line for line in self.path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+            steps = {line: step_of(line) for line in lines}
+            write(self.path, b"".join(line for line in lines if steps[line] is not None and steps[line] <= step))
+            if None in steps.values():
+                warn(f"{self.path}: damaged lines are left out")
+        self.board = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
+
             self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        except ImportError:
+            pass
+        except Exception as error:
+            warn(f"no events for TensorBoard ({type(error).__name__}: {error})")
 
     def log(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         if self.board is not None:
             for name, value in values.items():
                 if not isinstance(value, str):
@@ -1171,6 +1268,37 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 64 << 20)
 
 
+def waited() -> float:
+    """Seconds in which this process's threads could have computed and had no core, in sum; 0 where no one tells."""
+    total = 0
+    for schedule in Path("/proc/self/task").glob("*/schedstat"):  # running, waiting, number of times; nanoseconds
+        with suppress(OSError):
+            total += int(schedule.read_text().split()[1])
+    return total / 1e9
+
+
+class Cores:
+    """Tells, once, that other programs have the cores so often that the threads of this one wait for each other."""
+
+    def __init__(self) -> None:
+        self.at, self.waited, self.told = time.monotonic(), waited(), False
+
+    def look(self, folder: Path) -> None:
+        """Called between steps: looks every 10 seconds."""
+        seconds, threads = time.monotonic() - self.at, torch.get_num_threads()
+        if self.told or seconds < 10:
+            return
+        now = waited()
+        share = (now - self.waited) / (seconds * threads)
+        if share > 1 / 3:
+            self.told = True
+            fewer = f", or continue with fewer threads, whose sums round otherwise: OMP_NUM_THREADS={threads // 2} "
+            warn(f"steps are slow: other programs, or a limit on this one, keep its {threads} threads from a core for "
+                 f"{share:.0%} of the time, and each waits for all. Lower the others' priority (renice 19 PID)"
+                 f"{fewer + resume_command(folder) if threads > 1 else ''}")  # fmt: skip
+        self.at, self.waited = time.monotonic(), now
+
+
 class Diverged(Exception):
     """The loss is no longer a number."""
 
@@ -1250,15 +1378,14 @@ class Run:
             if number + 1 < len(self.phases):
                 stop_if_asked(self.signalled)
         if rank() == 0:
-            draw = draw_masks if config.task == "discovery" else draw_objects
-            draw(self.folder, config, self.source, self.unseen[:6])
             summary = {**self.results, "config": to_json(config), "versions": versions(),
                        "seconds": round(self.seconds, 1)}  # fmt: skip
             write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            draw(self.folder, config, self.source)
         rows = {row_name(key, config): scored for key, scored in self.results.items()}
         say(f"\nScores on {len(self.unseen):,} unseen scenes, mean ± std over {config.eval_draws} draws of the "
             f"noise, after {self.seconds / 60:.1f} min:\n{table(rows)}\n\n"
-            f"Picture, scores and weights: {self.folder}/{PICTURES[config.task]}, summary.json, *.safetensors"
+            f"Scores, weights and picture: {self.folder}/summary.json, *.safetensors, {PICTURES[config.task]}"
         )  # fmt: skip
 
     def train_phase(self, number: int) -> None:
@@ -1270,7 +1397,7 @@ class Run:
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         step_once = Step(self.trained, optimizer, phase, config, self.step)
-        saved, good, latest = time.monotonic(), self.step, {}
+        saved, good, latest, cores = time.monotonic(), self.step, {}, Cores()
         quiet = rank() > 0 or not sys.stderr.isatty()
         with tqdm(total=steps, initial=self.step, desc=phase, unit="step", disable=quiet) as bar:
             for step in range(self.step, steps):
@@ -1291,12 +1418,10 @@ class Run:
                     bad = int(step_once.bad)
                     bad = any_rank(bad) if logs else bad
                     if bad >= 0:
-                        raise Diverged(
-                            f"the loss is no longer a number at step {bad + 1} of {phase}. {self.kept(good)}; "
-                            f"continued from there the same would happen again: start anew with a smaller --lr, or "
-                            f"with --clip 1"
-                        )
+                        raise self.diverged(phase, bad + 1, good)
                 if logs:
+                    with bar.external_write_mode():
+                        cores.look(self.folder)
                     values = {name: mean_over_ranks(value).item() for name, value in step_once.values.items()}
                     self.log(first + step + 1, phase, lr=rate, **values)
                     latest |= {name: value for name, value in values.items() if name != "gradient_norm"}
@@ -1311,7 +1436,8 @@ class Run:
                     if rank() == 0:
                         words = [f"{ERRORS[n]} {scored[n]:.4f}" for n in ERRORS if n in scored]
                         words += [f"{PERCENT[n]} {100 * scored[n]:.1f}" for n in first_two]
-                        bar.write(f"{phase} {step + 1:,}/{steps:,}  {self.seconds / 60:.1f} min  {'  '.join(words)}")
+                        with bar.external_write_mode():
+                            say(f"{phase} {step + 1:,}/{steps:,}  {self.seconds / 60:.1f} min  {'  '.join(words)}")
                 if saves:
                     self.save(number, step + 1, optimizer)
                     saved, good = time.monotonic(), step + 1
@@ -1324,13 +1450,13 @@ class Run:
     def score(self, key: str, phase: str, step: int, next_phase: int | None = None) -> None:
         """Score the model on all scoring scenes; keep scores and weights under `key`. `next_phase` begins then."""
         scored = self.results[key] = evaluate(self.model, self.source, self.unseen, self.config.eval_draws, self.config)
-        when = f"{phase} at step {step:,}" if step else "at the start"
-        say(f"{when} after {self.seconds / 60:.1f} min\n{table({row_name(key, self.config): scored})}")
         if rank() == 0:
             save_weights(self.folder / f"{key}.safetensors", self.model, self.config, scored)
         if next_phase is not None:
             self.save(next_phase, 0, None)
         self.log(step, phase, **{f"{key}_{n}": value for n, value in scored.items() if n != "by_objects"})
+        when = f"{phase} at step {step:,}" if step else "at the start"
+        say(f"{when} after {self.seconds / 60:.1f} min\n{table({row_name(key, self.config): scored})}")
 
     def log(self, step: int, phase: str, **values: Any) -> None:
         if self.metrics is not None:
@@ -1343,11 +1469,17 @@ class Run:
                 "optimizer": None if optimizer is None else optimizer.state_dict(), "model": self.model.state_dict(),
             })  # fmt: skip
 
-    def kept(self, step: int) -> str:
-        checkpoint = self.folder / "checkpoint.pt"
-        if not checkpoint.exists():
-            return "No checkpoint is saved yet"
-        return f"The last good checkpoint is {checkpoint}, of step {step}"
+    def diverged(self, phase: str, step: int, good: int) -> Diverged:
+        """What ends a run whose loss is no number at a step; its last checkpoint, if it has one, is of step `good`."""
+        checkpoint, again = self.folder / "checkpoint.pt", "There is no checkpoint yet: start anew"
+        if checkpoint.exists():
+            again = (f"The last good checkpoint is {checkpoint}, of step {good}; continued from there the same would "
+                     f"happen again: start anew in another --out")  # fmt: skip
+        rate = "--lr" if phase == "pre-training" else "--fine-tune-lr"
+        clip = "" if 0 < self.config.clip <= 1 else ", or with --clip 1"
+        return Diverged(
+            f"the loss is no longer a number at step {step} of {phase}. {again} with a smaller {rate}{clip}"
+        )
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -1420,13 +1552,23 @@ PALETTE = torch.tensor(
 ) / 255  # fmt: skip
 
 
+def draw(folder: Path, config: Config, source: Scenes) -> None:
+    """The picture of a run, from its weights. Scores and weights are there already, so what stops it is a warning."""
+    # The name of a backend that does not exist stops Matplotlib's import; the pictures need none.
+    os.environ.pop("MPLBACKEND", None)
+    draw_task = draw_masks if config.task == "discovery" else draw_objects
+    unseen = torch.arange(config.num_scenes, config.num_scenes + config.eval_scenes)
+    try:
+        draw_task(folder, config, source, unseen[:6])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip() or 'it says nothing'}".splitlines()[0]
+        warn(f"{folder / PICTURES[config.task]} is not drawn ({reason}); to try again: {resume_command(folder)}")
+
+
 @torch.no_grad()
 def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) -> None:
     """masks.png: a column a scene; image, truth, masks after each phase, and the slots' own pictures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     pixels, truth = source.batch(indices, device=config.device)
     panels: list[tuple[str, Tensor]] = [
@@ -1454,9 +1596,8 @@ def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) ->
         shown = mask * (scene.decoded[:, k, :3].permute(0, 2, 3, 1).float() / 2 + 0.5) + (1 - mask)
         panels.append((f"slot {k + 1}", shown))
 
-    figure, axes = plt.subplots(
-        len(panels), len(indices), figsize=(1.1 * len(indices) + 1, 1.1 * len(panels)), squeeze=False
-    )
+    figure = Figure(figsize=(1.1 * len(indices) + 1, 1.1 * len(panels)))
+    axes = figure.subplots(len(panels), len(indices), squeeze=False)
     for row, (title, images) in zip(axes, panels, strict=True):
         for axis, picture in zip(row, images.float().cpu().clamp(0, 1), strict=True):
             axis.imshow(picture.numpy())
@@ -1466,13 +1607,10 @@ def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) ->
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     figure.tight_layout(pad=0.3)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write(path, content.getbuffer())
 
 
 @torch.no_grad()
@@ -1481,10 +1619,7 @@ def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) 
 
     Colour, shape and size of a mark are the object's, its edge is thick where it is metal.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     pixels, _ = source.batch(indices, device=config.device)
     _, tensors = load_weights(folder / "before.safetensors", config)
@@ -1494,7 +1629,8 @@ def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) 
     predicted, _ = apply_model(model, pixels, noise, config)
     rows = {"truth": objects_of(config, source, indices).cpu(), "predicted": predicted.cpu()}
 
-    figure, axes = plt.subplots(3, len(indices), figsize=(1.6 * len(indices) + 1, 4.8), squeeze=False)
+    figure = Figure(figsize=(1.6 * len(indices) + 1, 4.8))
+    axes = figure.subplots(3, len(indices), squeeze=False)
     for axis, picture in zip(axes[0], pixels.cpu(), strict=True):
         axis.imshow(picture.permute(1, 2, 0).numpy())
     for row, (title, scenes) in zip(axes[1:], rows.items(), strict=True):
@@ -1557,14 +1693,14 @@ def run_several(
     summaries, runs = {}, members(config, folder)
     for name, member in runs.items():
         within = folder / name
-        if not any_rank((within / "summary.json").exists()):
+        if not any_rank(is_finished(within)):
             if rank() == 0 and not (within / "config.json").exists():
                 open_run(dataclasses.replace(member, out=within), claims)
             say(f"\n{name}:")
             Run(member, within, source, signalled).train()
             stop_if_asked(signalled)
         if rank() == 0:
-            summaries[name] = json.loads((within / "summary.json").read_text())
+            summaries[name] = summary_of(within)
     if rank() > 0:
         return
     each: dict[str, list[dict]] = {}
@@ -1580,12 +1716,20 @@ def run_several(
         "versions": versions(),
         "seconds": sum(s["seconds"] for s in summaries.values()),
     }
-    write(folder / "summary.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
     caption = f"{config.eval_scenes:,} unseen scenes, mean ± standard deviation over {over}.\n\n"
     write(folder / "summary.md", caption + markdown(rows))
+    write(folder / "summary.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
     say(f"\nScores on {config.eval_scenes:,} unseen scenes, mean ± std over {over}, after "
         f"{about['seconds'] / 60:.1f} min:\n{table(rows)}\n\n"
         f"The same, and each training's: {folder}/summary.json, summary.md")  # fmt: skip
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The scores that a finished run left."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except ValueError:
+        raise UsageError(f"{folder / 'summary.json'} is damaged: delete it, and the run is scored again") from None
 
 
 def summed_up(each: list[dict]) -> dict:
@@ -1623,18 +1767,23 @@ def score_only(config: Config) -> None:
 
     With --out the scores are left there, too, as scores.json.
     """
+    if config.out is not None and rank() == 0:
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.out).close()
+        except OSError as error:
+            raise UsageError(f"--out: cannot write to {config.out}: {error.strerror}") from None
     results = {}
     for path in pretrained(config) if str(config.eval_only) == "pretrained" else [config.eval_only]:
         config, tensors = load_weights(path, config)
         source = open_scenes(config)
         first = config.num_scenes
         if len(source) < first + config.eval_scenes:
-            with safe_open(path, "pt") as file:
-                if scenes_seen(file.metadata(), config):
-                    raise UsageError(
-                        f"--eval-scenes {config.eval_scenes}: {config.data} holds {len(source):,} scenes, and "
-                        f"{path.name} was trained on the first {first:,}; expected at most {len(source) - first}"
-                    )
+            if scenes_seen(read_weights(path)[1], config):
+                raise UsageError(
+                    f"--eval-scenes {config.eval_scenes}: {config.data} holds {len(source):,} scenes, and "
+                    f"{path.name} was trained on the first {first:,}; expected at most {len(source) - first}"
+                )
             first = 0
         indices = torch.arange(first, min(first + config.eval_scenes, len(source)))
         model = build_model(config, source.size)
@@ -1642,12 +1791,13 @@ def score_only(config: Config) -> None:
         name = [path.name, NAMES[config.model], f"K {config.num_slots}"]
         name += [] if config.iterations is None else [f"T {config.iterations}"]
         results[", ".join(name)] = evaluate(model, source, indices, config.eval_draws, config)
-    if config.out is not None and rank() == 0:
-        config.out.mkdir(parents=True, exist_ok=True)
-        kept = {"rows": results, "config": to_json(config), "versions": versions()}
-        write(config.out / "scores.json", json.dumps(kept, indent=2) + "\n")
-    say(f"Scores on {len(indices):,} scenes from number {first:,} on, mean ± std over {config.eval_draws} draws of the "
-        f"noise:\n{table(results)}")  # fmt: skip
+    try:
+        if config.out is not None and rank() == 0:
+            kept = {"rows": results, "config": to_json(config), "versions": versions()}
+            write(config.out / "scores.json", json.dumps(kept, indent=2) + "\n")
+    finally:
+        say(f"Scores on {len(indices):,} scenes from number {first:,} on, mean ± std over {config.eval_draws} draws of "
+            f"the noise:\n{table(results)}")  # fmt: skip
 
 
 def leave(words: str, exit_code: int) -> None:
@@ -1658,6 +1808,7 @@ def leave(words: str, exit_code: int) -> None:
 
 
 def main() -> None:
+    open_standard_streams()
     given = tyro.cli(Config)
     keep_freed_memory()
     folder = None
@@ -1677,9 +1828,15 @@ def main() -> None:
                 raise UsageError(f"--resume: another process trains in {folder}")
             source = open_scenes(config)
             if folder is None:
-                folder = same_on_all_ranks(open_run(config, claims) if rank() == 0 else None)
+                try:
+                    folder = same_on_all_ranks(open_run(config, claims) if rank() == 0 else None)
+                except OSError as error:
+                    raise UsageError(f"--out: cannot write to {error.filename}: {error.strerror}") from None
             with deferred_signals() as signalled:
-                if several(config):
+                if any_rank(is_finished(folder)):
+                    if rank() == 0:
+                        draw(folder, config, source)
+                elif several(config):
                     run_several(config, folder, claims, source, signalled)
                 else:
                     Run(config, folder, source, signalled).train()
@@ -1689,8 +1846,7 @@ def main() -> None:
         say(f"\nInterrupted; all is saved. To continue: {resume_command(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        saved = folder is not None and (folder / "checkpoint.pt").exists()
-        leave(f"\ntrain.py: interrupted{f'; to continue: {resume_command(folder)}' if saved else ''}", 130)
+        leave(f"\ntrain.py: interrupted{to_continue(folder)}", 130)
     except Diverged as error:
         leave(f"train.py: {error}", 1)
     except RuntimeError as error:
@@ -1701,8 +1857,10 @@ def main() -> None:
         )  # fmt: skip
         print(f"train.py: process {rank()} of {num_ranks()} lost another one ({reason}).{going_on}", file=sys.stderr)
         sys.exit(1)
-    except (UsageError, DataError, OSError) as error:
+    except (UsageError, DataError) as error:
         leave(f"train.py: {error}", 2)
+    except OSError as error:  # the disk is full, for one
+        leave(f"train.py: {error}{to_continue(folder)}", 2)
 
 
 if __name__ == "__main__":

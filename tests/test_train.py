@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
@@ -82,6 +81,7 @@ def assert_same_tensors(file, other):
 def assert_same_weights(run, other):
     for name in ("before.safetensors", "after.safetensors"):
         assert_same_tensors(run / name, other / name)
+        assert (run / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_what_a_run_leaves(finished):
@@ -171,8 +171,12 @@ def test_an_interrupted_run_is_saved_and_says_how_to_go_on(finished, tmp_path, m
 @pytest.mark.parametrize(
     ("rate", "phase", "kept"),
     [
-        ("--lr", "pre-training", "No checkpoint is saved yet"),
-        ("--fine-tune-lr", "fine-tuning", r"The last good checkpoint is \S+/checkpoint.pt, of step 0"),
+        ("--lr", "pre-training", "There is no checkpoint yet: start anew with a smaller --lr"),
+        (
+            "--fine-tune-lr",
+            "fine-tuning",
+            r"The last good checkpoint is \S+/checkpoint.pt, of step 0; .* another --out with a smaller --fine-tune-lr",
+        ),
     ],
 )
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys, rate, phase, kept):
@@ -754,8 +758,8 @@ def test_the_weights_that_come_with_this_score_as_they_say(monkeypatch, capsys):
     assert call(monkeypatch, "--eval-only", "pretrained", *options) == 0
     printed = capsys.readouterr().out
     for name in ("before", "after"):
-        with safe_open(train.PRETRAINED / f"tetrominoes-{name}.safetensors", "pt") as file:
-            said = json.loads(file.metadata()["scores"])
+        _, about = train.read_weights(train.PRETRAINED / f"tetrominoes-{name}.safetensors")
+        said = about["scores"]
         shown = re.search(rf"tetrominoes-{name}.safetensors, .* T 3 +(\S+) ± \S+ +(\S+)", printed)
         assert float(shown[1]) == pytest.approx(100 * said["ari"], abs=5)
         assert float(shown[2]) == pytest.approx(100 * said["fg_ari"], abs=5)
