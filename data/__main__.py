@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.image
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 
 from . import DATASETS, generator, load
 from .scenes import Scenes
@@ -69,7 +69,7 @@ def main(
     drawn = sheet(source, torch.arange(min(scenes, len(source))), columns)
     picture.parent.mkdir(parents=True, exist_ok=True)
     partial = picture.with_name(f".{picture.name}.part")
-    matplotlib.image.imsave(partial, drawn, format="png")
+    Image.fromarray(drawn).save(partial, "png")
     partial.replace(picture)
     print(picture)
 

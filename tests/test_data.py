@@ -1,5 +1,6 @@
 """The table of data sets, and the contact sheets."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,9 @@ def test_no_such_data_set():
         generator("clever", 1)
 
 
-def test_the_command_without_docstrings():
-    command = [sys.executable, "-OO", "-m", "data", "--help"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+def test_the_command_without_docstrings_and_with_a_backend_of_matplotlib_that_does_not_exist():
+    command, environment = [sys.executable, "-OO", "-m", "data", "--help"], os.environ | {"MPLBACKEND": "module"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "A contact sheet: some scenes of a data set" in done.stdout
 
