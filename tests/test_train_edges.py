@@ -390,7 +390,7 @@ other.kill()
 print(train.waited() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert 0.4 < float(done.stdout) < 2, done.stderr
+    assert 0.4 < float(done.stdout) < 3, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch comes with libgomp on Linux alone")
