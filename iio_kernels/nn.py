@@ -63,6 +63,7 @@ class SlotAttention(nn.Module, Generic[Result]):
         joint_heads: one softmax over heads and slots together (SAVi, SLATE, OCLF); otherwise one for each head.
         combine_heads: a linear layer, `combine`, on the updates of all heads (lucidrains' multi-head module).
         bias: whether `to_q`, `to_k` and `to_v` have biases.
+        project: False: queries are the slots, keys and values the inputs, as they are (soft k-means); all of one width.
         scale: factor on the logits; None: `(kvq_size / heads) ** -0.5`. Divide it by a softmax temperature to use one.
         eps: small number >= 0 that keeps the mean defined.
         eps_in: "weights" adds eps to every weight, as above; "denominator" once to their sum (SAVi, ISA, BO-QSA).
@@ -71,6 +72,8 @@ class SlotAttention(nn.Module, Generic[Result]):
             Locatello et al.): A = softmax over inputs, W = A. `eps`, `eps_in` and `normalize` play no part then, and
             `to_k` has no bias, which would cancel. PyTorch's own operations compute it, whatever the backend.
         update: "gru", as above; "residual", `slots + updates`; or "replace", `updates`.
+        norm_updates: a LayerNorm on the updates before they change the slots, as after a weighted sum (an ablation of
+            Locatello et al.).
         normalized_state: the GRU's state, or what is added to, is `s` instead of `slots` (VideoSAUR).
         mlp_size: hidden width of the MLP; None: neither MLP nor `norm_mlp`.
         mlp_last: False: no MLP in the last iteration (STEVE).
@@ -90,9 +93,9 @@ class SlotAttention(nn.Module, Generic[Result]):
         attention_heads: "sum" or "mean" over heads, or "separate", `(..., heads, K, N)`.
         backend: of the operations, see `slot_attention`.
 
-    Its parameters are those of `norm_inputs`, `norm_slots`, `norm_mlp` (LayerNorm), `mu` and `log_sigma`, `to_q`,
-    `to_k`, `to_v` and `combine` (Linear), `gru` (GRUCell) and `mlp` (Linear, ReLU, Linear), as far as the options have
-    them. Of these layers the parameters alone are used: forward hooks on them are not called.
+    Its parameters are those of `norm_inputs`, `norm_slots`, `norm_updates`, `norm_mlp` (LayerNorm), `mu` and
+    `log_sigma`, `to_q`, `to_k`, `to_v` and `combine` (Linear), `gru` (GRUCell) and `mlp` (Linear, ReLU, Linear), as far
+    as the options have them. Of these layers the parameters alone are used: forward hooks on them are not called.
 
     Forward takes
 
@@ -117,10 +120,10 @@ class SlotAttention(nn.Module, Generic[Result]):
     contract, each term brings the gradient nearer to that of the fixed point, of slots and attention alike; if they do
     not, terms may grow. With them second derivatives raise, and torch.compile leaves one iteration to eager mode.
 
-    All iterations are one operator, `slot_attention_module`, where it has the options: one head, `kvq_size` that of the
-    slots, no biases, softmax over slots, eps in the weights, a mean, a GRU on the slots, an MLP, slots and MLP
-    normalised, and no masks. Otherwise each iteration is `slot_attention_from_inputs` with torch's own layers around
-    it. Results are the same to rounding.
+    All iterations are one operator, `slot_attention_module`, where it has the options: one head, projections of the
+    slots' width, no biases, softmax over slots, eps in the weights, a mean that is not normalised, a GRU on the slots,
+    an MLP, slots and MLP normalised, and no masks. Otherwise each iteration is `slot_attention_from_inputs` with
+    torch's own layers around it. Results are the same to rounding.
 
     Raises:
         TypeError: an option or an argument has the wrong type.
@@ -145,34 +148,34 @@ class SlotAttention(nn.Module, Generic[Result]):
     def __init__(
         self: SlotAttention[Tensor], input_size: int, slot_size: int, *, num_slots: int = ..., iterations: int = ...,
         kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ..., combine_heads: bool = ...,
-        bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ..., normalize: Normalize = ...,
-        softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ..., mlp_size: int | None = ...,
-        mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ..., norm_mlp: bool = ...,
-        norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ..., neumann_terms: int = ...,
-        attention: None = ..., attention_layout: AttentionLayout = ..., attention_heads: AttentionHeads = ...,
-        backend: Backend = ...,
+        bias: bool = ..., project: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
+        normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ..., norm_updates: bool = ...,
+        normalized_state: bool = ..., mlp_size: int | None = ..., mlp_last: bool = ..., norm_inputs: bool = ...,
+        norm_slots: bool = ..., norm_mlp: bool = ..., norm_eps: float = ..., initial: Initial = ...,
+        gradient: Gradient = ..., neumann_terms: int = ..., attention: None = ...,
+        attention_layout: AttentionLayout = ..., attention_heads: AttentionHeads = ..., backend: Backend = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self: SlotAttention[tuple[Tensor, Tensor]], input_size: int, slot_size: int, *, num_slots: int = ...,
         iterations: int = ..., kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ...,
-        combine_heads: bool = ..., bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
-        normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ...,
-        mlp_size: int | None = ..., mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ...,
-        norm_mlp: bool = ..., norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ...,
-        neumann_terms: int = ..., attention: Attention, attention_layout: AttentionLayout = ...,
-        attention_heads: AttentionHeads = ..., backend: Backend = ...,
+        combine_heads: bool = ..., bias: bool = ..., project: bool = ..., scale: float | None = ..., eps: float = ...,
+        eps_in: EpsIn = ..., normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ...,
+        norm_updates: bool = ..., normalized_state: bool = ..., mlp_size: int | None = ..., mlp_last: bool = ...,
+        norm_inputs: bool = ..., norm_slots: bool = ..., norm_mlp: bool = ..., norm_eps: float = ...,
+        initial: Initial = ..., gradient: Gradient = ..., neumann_terms: int = ..., attention: Attention,
+        attention_layout: AttentionLayout = ..., attention_heads: AttentionHeads = ..., backend: Backend = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self: SlotAttention[Tensor | tuple[Tensor, Tensor]], input_size: int, slot_size: int, *, num_slots: int = ...,
         iterations: int = ..., kvq_size: int | None = ..., heads: int = ..., joint_heads: bool = ...,
-        combine_heads: bool = ..., bias: bool = ..., scale: float | None = ..., eps: float = ..., eps_in: EpsIn = ...,
-        normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ..., normalized_state: bool = ...,
-        mlp_size: int | None = ..., mlp_last: bool = ..., norm_inputs: bool = ..., norm_slots: bool = ...,
-        norm_mlp: bool = ..., norm_eps: float = ..., initial: Initial = ..., gradient: Gradient = ...,
-        neumann_terms: int = ..., attention: Attention | None, attention_layout: AttentionLayout = ...,
-        attention_heads: AttentionHeads = ..., backend: Backend = ...,
+        combine_heads: bool = ..., bias: bool = ..., project: bool = ..., scale: float | None = ..., eps: float = ...,
+        eps_in: EpsIn = ..., normalize: Normalize = ..., softmax: Softmax = ..., update: Update = ...,
+        norm_updates: bool = ..., normalized_state: bool = ..., mlp_size: int | None = ..., mlp_last: bool = ...,
+        norm_inputs: bool = ..., norm_slots: bool = ..., norm_mlp: bool = ..., norm_eps: float = ...,
+        initial: Initial = ..., gradient: Gradient = ..., neumann_terms: int = ..., attention: Attention | None,
+        attention_layout: AttentionLayout = ..., attention_heads: AttentionHeads = ..., backend: Backend = ...,
     ) -> None: ...  # fmt: skip
     def __init__(
         self,
@@ -186,12 +189,14 @@ class SlotAttention(nn.Module, Generic[Result]):
         joint_heads: bool = False,
         combine_heads: bool = False,
         bias: bool = False,
+        project: bool = True,
         scale: float | None = None,
         eps: float = 1e-8,
         eps_in: EpsIn = "weights",
         normalize: Normalize = "mean",
         softmax: Softmax = "slots",
         update: Update = "gru",
+        norm_updates: bool = False,
         normalized_state: bool = False,
         mlp_size: int | None = 128,
         mlp_last: bool = True,
@@ -219,9 +224,9 @@ class SlotAttention(nn.Module, Generic[Result]):
         if kvq_size % heads:
             raise ValueError(f"kvq_size: expected a multiple of heads = {heads}, got {kvq_size}")
         for name, value in (
-            ("joint_heads", joint_heads), ("combine_heads", combine_heads), ("bias", bias),
-            ("normalized_state", normalized_state), ("mlp_last", mlp_last), ("norm_inputs", norm_inputs),
-            ("norm_slots", norm_slots), ("norm_mlp", norm_mlp),
+            ("joint_heads", joint_heads), ("combine_heads", combine_heads), ("bias", bias), ("project", project),
+            ("norm_updates", norm_updates), ("normalized_state", normalized_state), ("mlp_last", mlp_last),
+            ("norm_inputs", norm_inputs), ("norm_slots", norm_slots), ("norm_mlp", norm_mlp),
         ):  # fmt: skip
             _checks.flag(name, value)
         _checks.option("eps_in", eps_in, ("weights", "denominator"))
@@ -237,6 +242,14 @@ class SlotAttention(nn.Module, Generic[Result]):
             raise ValueError('joint_heads: expected False where the softmax is over "inputs", got True')
         if _checks.integer("neumann_terms", neumann_terms, at_least=0) and gradient != "implicit":
             raise ValueError(f'neumann_terms: expected 0 where gradient is not "implicit", got {neumann_terms}')
+        if not project:
+            if bias:
+                raise ValueError("bias: expected False without projections, got True")
+            if not input_size == slot_size == kvq_size:
+                raise ValueError(
+                    f"project: expected True where widths differ, got False with input_size = {input_size}, "
+                    f"slot_size = {slot_size}, kvq_size = {kvq_size}"
+                )
         updates_size = slot_size if combine_heads else kvq_size
         if update != "gru" and updates_size != slot_size:
             raise ValueError(f"kvq_size: expected slot_size = {slot_size} without GRU or combine_heads, got {kvq_size}")
@@ -250,15 +263,22 @@ class SlotAttention(nn.Module, Generic[Result]):
         self.norm_eps = _checks.number("norm_eps", norm_eps, above=0)
         self.norm_inputs = nn.LayerNorm(input_size, norm_eps) if norm_inputs else None
         self.norm_slots = nn.LayerNorm(slot_size, norm_eps) if norm_slots else None
+        self.norm_updates = nn.LayerNorm(updates_size, norm_eps) if norm_updates else None
         self.norm_mlp = nn.LayerNorm(slot_size, norm_eps) if norm_mlp and mlp_size is not None else None
         if initial != "given":
             drawn = 1 if initial == "gaussian" else num_slots
             self.mu = nn.Parameter(nn.init.xavier_uniform_(torch.empty(drawn, slot_size)))
             if initial != "queries":
                 self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(drawn, slot_size)))
-        self.to_q = nn.Linear(slot_size, kvq_size, bias)
-        self.to_k = nn.Linear(input_size, kvq_size, bias and softmax == "slots")
-        self.to_v = nn.Linear(input_size, kvq_size, bias)
+        self.to_q: nn.Linear | _Identity
+        self.to_k: nn.Linear | _Identity
+        self.to_v: nn.Linear | _Identity
+        if project:
+            self.to_q = nn.Linear(slot_size, kvq_size, bias)
+            self.to_k = nn.Linear(input_size, kvq_size, bias and softmax == "slots")
+            self.to_v = nn.Linear(input_size, kvq_size, bias)
+        else:
+            self.to_q = self.to_k = self.to_v = _Identity(slot_size)
         self.combine = nn.Linear(kvq_size, slot_size) if combine_heads else None
         self.gru = nn.GRUCell(updates_size, slot_size) if update == "gru" else None
         self.mlp: nn.Sequential | None = None
@@ -439,7 +459,8 @@ class SlotAttention(nn.Module, Generic[Result]):
             self.heads == 1 and self.to_q.out_features == self.slot_size and self.to_q.bias is None
             and self.combine is None and self.eps_in == "weights" and self.normalize == "mean"
             and self.softmax == "slots" and self.update == "gru" and not self.normalized_state
-            and self.norm_slots is not None and self.norm_mlp is not None
+            and self.norm_slots is not None and self.norm_mlp is not None and self.norm_updates is None
+            and isinstance(self.to_q, nn.Linear)
         )  # fmt: skip
 
     def _step(
@@ -453,6 +474,7 @@ class SlotAttention(nn.Module, Generic[Result]):
         updates = updates.transpose(-3, -2).flatten(-2).to(slots.dtype)
         if self.combine is not None:
             updates = _linear(self.combine, updates)
+        updates = _norm(self.norm_updates, updates)
 
         state = s if self.normalized_state else slots
         if self.gru is not None:
@@ -526,7 +548,19 @@ class SlotAttention(nn.Module, Generic[Result]):
 # The layers, on slots in the dtype of the arithmetic.
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+class _Identity(nn.Module):
+    """In the place of projections where there are none: a linear layer that changes nothing and learns nothing."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.out_features = size
+        self.register_buffer("weight", torch.eye(size), persistent=False)
+
+
+def _linear(layer: nn.Linear | _Identity, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
@@ -542,7 +576,7 @@ def _linears(mlp: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
     return layers[0], layers[2]
 
 
-def _of_heads(layer: nn.Linear, heads: int) -> tuple[Tensor, Tensor | None]:
+def _of_heads(layer: nn.Linear | _Identity, heads: int) -> tuple[Tensor, Tensor | None]:
     """A projection's weight (heads, width of one, width of x) and bias (heads, width of one)."""
     bias = None if layer.bias is None else layer.bias.unflatten(0, (heads, -1))
     return layer.weight.unflatten(0, (heads, -1)), bias
@@ -607,6 +641,7 @@ _NORMS = {
     "norm_mlp": r"(mlp|ffn?|norm2)(\.0)?",
     "norm_inputs": r"([._]in|inputs?|features|kv)",
     "norm_slots": r"(slots|q)(\.0)?",
+    "norm_updates": r"norm_updates",
 }
 _LINEARS = {
     **{f"to_{x}": rf"(^|[._]){x}(\.1)?" for x in "qkv"},

@@ -85,8 +85,9 @@ class Encoder(nn.Module):
         for stride in strides:
             resolution = tuple((size - 1) // stride + 1 for size in resolution)
         for conv in self.convs:
-            # He et al.'s keeps the signal's size from layer to layer, which PyTorch's default shrinks; in whole runs it
-            # was ahead early (bench/README.md).
+            # The supplement is silent. The authors' program leaves Keras' default, Glorot's rule, of which
+            # `models.initial_weights` has all. He et al.'s keeps the signal's size from layer to layer, which PyTorch's
+            # default shrinks; in whole runs it was ahead early (bench/README.md).
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         self.position = PositionEmbedding(channels, resolution) if position_embedding else nn.Identity()
@@ -148,7 +149,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         resolution: (H, W) of the images; with `strided` it must be (128, 128).
         channels: width of all hidden convolutions.
         kernel_size: of the convolutions, odd.
-        input_size: width of the encoder's MLP, which makes the inputs to Slot Attention; None: `channels`.
+        input_size: width of the encoder's MLP, which makes the inputs to Slot Attention; None: `channels`, or without
+            projections `slot_size`.
         slot_size: D, the width of slots, queries, keys and values.
         mlp_size: hidden width of the residual MLP on the slots.
         strided: decode from an 8 x 8 grid by transposed convolutions.
@@ -177,10 +179,11 @@ class SlotAttentionAutoEncoder(nn.Module):
             raise ValueError(f"resolution: the strided decoder makes (128, 128) images, got {tuple(resolution)}")
         self.resolution = tuple(resolution)
         self.noise_shape = (num_slots, slot_size)
-        input_size = input_size or channels
-        self.encoder = Encoder(channels, kernel_size, resolution, input_size, position_embedding=position_embedding)
         options = dict(mlp_size=mlp_size, num_slots=num_slots, iterations=iterations, attention="softmax")
-        self.slot_attention = SlotAttention(input_size, slot_size, **options | dict(slot_attention or {}))
+        options |= dict(slot_attention or {})
+        input_size = input_size or (channels if options.get("project", True) else slot_size)
+        self.encoder = Encoder(channels, kernel_size, resolution, input_size, position_embedding=position_embedding)
+        self.slot_attention = SlotAttention(input_size, slot_size, **options)
         self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
 
     def forward(
@@ -211,6 +214,7 @@ class SlotAttentionAutoEncoder(nn.Module):
 #: of numbers, `num_slots` and `iterations`, or of the training. `bench/ablations.py` compares all.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "weighted-sum": {"slot_attention": {"normalize": "sum"}},
+    "weighted-sum-and-layernorm": {"slot_attention": {"normalize": "sum", "norm_updates": True}},
     "softmax-over-inputs": {"slot_attention": {"softmax": "inputs"}},
     "no-temperature": {"slot_attention": {"scale": 1.0}},
     "eps-in-denominator": {"slot_attention": {"eps_in": "denominator"}},
@@ -219,4 +223,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-gru": {"slot_attention": {"update": "replace"}},
     "no-mlp": {"slot_attention": {"mlp_size": None}},
     "no-layernorm": {"slot_attention": {"norm_inputs": False, "norm_slots": False, "norm_mlp": False}},
-}
+    # Nothing is learnt but encoder, decoder and where slots begin; scores are products. Inputs are as wide as slots.
+    "soft-k-means": {
+        "slot_attention": {
+            "project": False, "update": "replace", "mlp_size": None, "norm_inputs": False, "norm_slots": False,
+        },
+    },
+}  # fmt: skip

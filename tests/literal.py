@@ -217,6 +217,8 @@ def slot_attention_layer(
     """
 
     def linear(name: str, x: Tensor) -> Tensor:
+        if f"{name}.weight" not in weights:
+            return x
         return x @ weights[f"{name}.weight"].mT + weights.get(f"{name}.bias", 0)
 
     def norm(name: str, x: Tensor) -> Tensor:
@@ -265,8 +267,7 @@ def slot_attention_layer(
                 q, k, v, scale=scale, eps=eps, eps_in=eps_in, normalize=normalize, joint_heads=joint_heads, **masks
             )
         updates = torch.cat(updates.unbind(1), -1)
-        if "combine.weight" in weights:
-            updates = linear("combine", updates)
+        updates = norm("norm_updates", linear("combine", updates))
         state = s if normalized_state else slots
         slots = gru(updates, state) if update == "gru" else state + updates if update == "residual" else updates
         if "mlp.0.weight" in weights and (mlp_last or t < iterations):

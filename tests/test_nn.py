@@ -55,6 +55,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "residual": {"update": "residual"},
     "replace": {"update": "replace", "mlp_size": None},
     "replace of combined heads": {"update": "replace", "heads": 2, "kvq_size": 6, "combine_heads": True},
+    "updates normalised": {"norm_updates": True},
+    "sum of combined heads, normalised": {
+        "normalize": "sum",
+        "norm_updates": True,
+        "heads": 3,
+        "kvq_size": 12,
+        "combine_heads": True,
+    },
     "normalised state": {"normalized_state": True},
     "residual on normalised state": {"update": "residual", "normalized_state": True},
     "no MLP": {"mlp_size": None},
@@ -545,6 +553,35 @@ def test_bitwise_repeatable(name, backend, device, interpreted):
     assert all(torch.equal(x, second[key]) for key, x in first.items())
 
 
+#: Soft k-means, and what else goes without projections.
+UNPROJECTED: dict[str, dict[str, Any]] = {
+    "a GRU": {},
+    "means": {"update": "replace", "mlp_size": None, "norm_inputs": False, "norm_slots": False},
+    "joint heads": {"heads": 2, "joint_heads": True},
+    "softmax over inputs": {"softmax": "inputs"},
+    "implicit": {"gradient": "implicit"},
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", UNPROJECTED)
+def test_without_projections_slots_are_queries_and_inputs_keys_and_values(name, backend, device):
+    torch.manual_seed(0)
+    module = SlotAttention(D, D, num_slots=K, iterations=T, project=False, attention="softmax", backend=backend,
+                           attention_heads="separate", **UNPROJECTED[name]).to(device, torch.float64)  # fmt: skip
+    assert not [key for key in (*dict(module.named_parameters()), *module.state_dict()) if key.startswith("to_")]
+    inputs, slots = (torch.randn(B, n, D, dtype=torch.float64, device=device) for n in (N, K))
+    assert_all_close(results(ours, module, inputs, slots), results(formula, module, inputs, slots))
+
+
+def test_soft_k_means_is_a_softmax_and_a_mean():
+    module = SlotAttention(D, D, project=False, eps=0.0, **UNPROJECTED["means"])
+    assert [name for name, _ in module.named_parameters()] == ["mu", "log_sigma"]
+    x, slots = torch.randn(B, N, D), torch.randn(B, K, D)
+    A = (slots @ x.mT / D**0.5).softmax(1)
+    torch.testing.assert_close(module(x, slots, iterations=1), A @ x / A.sum(-1, keepdim=True))
+
+
 # --- a module --------------------------------------------------------------------------------------------------------
 
 
@@ -695,6 +732,11 @@ CONSTRUCTED = [
     (options_of(heads=3), ValueError, ["kvq_size", "multiple of heads = 3", "8"]),
     (options_of(joint_heads=1), TypeError, ["joint_heads", "bool", "1"]),
     (options_of(combine_heads="yes"), TypeError, ["combine_heads", "bool", "'yes'"]),
+    (options_of(project=None), TypeError, ["project", "bool", "None"]),
+    (options_of(project=False), ValueError, ["project", "input_size = 6, slot_size = 8, kvq_size = 8"]),
+    (options_of(input_size=8, project=False, kvq_size=4), ValueError, ["project", "kvq_size = 4"]),
+    (options_of(input_size=8, project=False, bias=True), ValueError, ["bias", "without projections", "True"]),
+    (options_of(norm_updates=1), TypeError, ["norm_updates", "bool", "1"]),
     (options_of(bias=None), TypeError, ["bias", "bool", "None"]),
     (options_of(scale=NAN), ValueError, ["scale", "finite", "nan"]),
     (options_of(eps=-1e-8), ValueError, ["eps", ">= 0", "-1e-08"]),
