@@ -5,15 +5,30 @@ parameters lambda_k, is decoded to a picture mu_k and the logit of a mask, and
 
     log p(x | z) = sum over pixels of log sum_k masks_k N(x; mu_k, sigma^2)
 
-A refinement network improves lambda T times from what went wrong with the last: the inputs of the paper's appendix, of
-which the gradients of L are the most telling. Training minimises L of every iteration, the later the more:
+A refinement network improves lambda from what went wrong with the last: the inputs of the paper's appendix, of which
+the gradients of L are the most telling. Training minimises L of every posterior, the later the more:
 
-    L_t  = KL(N(m_t, v_t) || N(0, 1)) - log p(x | z_t),   z_t = m_t + sqrt(v_t) noise_t      t = 0..T
+    L_t  = KL(N(m_t, v_t) || N(0, 1)) - log p(x | z_t),   z_t = m_t + sqrt(v_t) noise_t
     loss = sum_t (t / T) L_t
 
-The networks are the paper's; where it is silent, its published configurations decide. (Where these differ, in logistic
-pixels and cosines for coordinates, the paper stands.) Images come in [-1, 1], as everywhere here, and are explained in
-[0, 1], as there.
+The printed text (appendix C, algorithm 1) and the authors' program (google-deepmind/deepmind-research, iodine) are two
+networks and two recipes. `IODINE.configurations` has those of the text, `IODINE.program` those of the program:
+
+- Losses. Text: T, t = 1..T, the first of the learnt initial posterior, so T - 1 refinements count. Program: T + 1,
+  t = 0..T, the first with weight 0, so T refinements count.
+- Convolutions of the refinement network. Text: stride 1 on Tetrominoes and Multi-dSprites, 2 on CLEVR. Program: 2.
+- MLP of the refinement network on CLEVR. Text: 256. Program: 256, 256.
+- Recipe. Text: Adam at 3e-4 throughout, batches of 32. Program: falling to a tenth in a million steps, Adam's first
+  beta 0.95; Tetrominoes 3e-4 with batches of 256, Multi-dSprites 3e-4 with 128, CLEVR 1e-3 with 32.
+
+Of both: a million steps, gradients clipped to a norm of 5, T = 5. Where they differ otherwise, the text stands here:
+normal pixels of sigma 0.1 (program: logistic ones of scale 0.03), coordinates from -1 to 1 (the program gives the
+refinement network cosines, but on CLEVR), and ELU after every layer of its MLP (program: none after the last). Where
+the text is silent the program decides: v is a softplus, the refinement network's convolutions are as large as the
+decoder's, lambda begins as learnt numbers that all slots share, and initial weights are Sonnet's
+(`models.initial_weights`). Ours is where lambda begins: uniform in [-0.5, 0.5].
+
+Images come in [-1, 1], as everywhere here, and are explained in [0, 1], as there.
 """
 
 from __future__ import annotations
@@ -36,7 +51,7 @@ class Scene(NamedTuple):
     posterior: Tensor
     """(B, K, 2 D): lambda, the mean m of each slot's latent and, behind it, what a softplus makes its variance v."""
     loss: Tensor
-    """Scalar: sum_t (t / T) L_t in nats, mean over images."""
+    """Scalar: the weighted sum of all L_t in nats, mean over images."""
 
     def compose(self) -> tuple[Tensor, Tensor]:
         """The reconstruction (B, 3, H, W), the mixture's mean, and the masks (B, K, H, W), a softmax over K."""
@@ -93,7 +108,7 @@ class MapNorm(nn.GroupNorm):
 class Refinement(nn.Module):
     """The refinement network: from what L tells of a posterior lambda (B, K, 2 D) to the next.
 
-    Convolutions of stride 2 with ELU on the 17 maps of a slot, their mean over pixels, an MLP with ELU; lambda and its
+    Convolutions with ELU on the 17 maps of a slot, their mean over pixels, an MLP with ELU; lambda and its
     gradient behind the result; an LSTM, where there is one; and a linear map to what is added to lambda.
     """
 
@@ -105,6 +120,7 @@ class Refinement(nn.Module):
         channels: int,
         kernel_size: int,
         layers: int,
+        stride: int,
         mlp_sizes: tuple[int, ...],
         lstm_size: int | None,
         resolution: tuple[int, int],
@@ -115,7 +131,7 @@ class Refinement(nn.Module):
         self.norm_likelihood, self.norm_leave_one_out = MapNorm(1), MapNorm(1)
         self.norm_d_posterior = nn.LayerNorm(size)
         self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, kernel_size, stride=2, padding=kernel_size // 2)
+            nn.Conv2d(i, o, kernel_size, stride, padding=kernel_size // 2)
             for i, o in pairwise([self.MAPS, *[channels] * layers])
         )
         self.mlp = nn.Sequential()
@@ -173,29 +189,44 @@ class Refinement(nn.Module):
 class IODINE(nn.Module):
     """Image -> K latents -> image: see `Scene` for what comes out.
 
-    Defaults are those of Tetrominoes; `IODINE.configurations` has what the other data sets take.
+    Defaults are those of Tetrominoes in the authors' program. `IODINE.configurations` and `IODINE.program` have what
+    their text and their program take for each data set; see the module.
 
     Args:
         resolution: (H, W) of the images.
         latent_size: D, the width of a slot's latent.
         channels, kernel_size: of the hidden convolutions; the size odd.
         refinement_channels, refinement_kernel_size: the same of the refinement network, where they differ.
-        refinement_layers: convolutions of the refinement network, each of stride 2.
+        refinement_layers, refinement_stride: how many convolutions the refinement network has, and the stride of each.
         mlp_sizes: widths of the refinement network's MLP.
         lstm_size: width of its LSTM; None: there is none.
         sigma: standard deviation of a pixel, for images in [0, 1].
+        weigh_first: True: n = T losses, weighted 1 / T to 1, as printed; False: n = T + 1, weighted 0 to 1, as
+            programmed.
         num_slots, iterations: K, at least 2, and T, unless a call says otherwise.
     """
 
-    #: By data set, the published arguments.
+    #: By data set, what the paper prints.
     configurations: ClassVar[dict[str, dict[str, Any]]] = {
-        "tetrominoes": dict(resolution=(35, 35), latent_size=32, num_slots=4),
-        "multi-dsprites": dict(resolution=(64, 64), latent_size=16, lstm_size=128, num_slots=6),
+        "tetrominoes": dict(
+            resolution=(35, 35), latent_size=32, channels=32, kernel_size=5, refinement_layers=3, refinement_stride=1,
+            mlp_sizes=(128,), lstm_size=None, weigh_first=True, num_slots=4,
+        ),
+        "multi-dsprites": dict(
+            resolution=(64, 64), latent_size=16, channels=32, kernel_size=5, refinement_layers=3, refinement_stride=1,
+            mlp_sizes=(128,), lstm_size=128, weigh_first=True, num_slots=6,
+        ),
         "clevr6": dict(
-            resolution=(128, 128), latent_size=64, channels=64, kernel_size=3, refinement_layers=4,
-            mlp_sizes=(256, 256), lstm_size=256, num_slots=7,
+            resolution=(128, 128), latent_size=64, channels=64, kernel_size=3, refinement_layers=4, refinement_stride=2,
+            mlp_sizes=(256,), lstm_size=256, weigh_first=True, num_slots=7,
         ),
     }  # fmt: skip
+
+    #: By data set, what the authors' program has.
+    program: ClassVar[dict[str, dict[str, Any]]] = {
+        name: each | dict(refinement_stride=2, mlp_sizes=(256, 256) if name == "clevr6" else (128,), weigh_first=False)
+        for name, each in configurations.items()
+    }
 
     def __init__(
         self,
@@ -207,15 +238,17 @@ class IODINE(nn.Module):
         refinement_channels: int | None = None,
         refinement_kernel_size: int | None = None,
         refinement_layers: int = 3,
+        refinement_stride: int = 2,
         mlp_sizes: tuple[int, ...] = (128,),
         lstm_size: int | None = None,
         sigma: float = 0.1,
+        weigh_first: bool = False,
         num_slots: int = 4,
         iterations: int = 5,
     ) -> None:
         super().__init__()
         self.resolution, self.latent_size, self.sigma = tuple(resolution), latent_size, sigma
-        self.num_slots, self.iterations = num_slots, iterations
+        self.num_slots, self.iterations, self.weigh_first = num_slots, iterations, weigh_first
         self.initial = nn.Parameter(torch.empty(2 * latent_size).uniform_(-0.5, 0.5))
         self.decoder = Decoder(latent_size, channels, kernel_size, resolution)
         self.refinement = Refinement(
@@ -223,6 +256,7 @@ class IODINE(nn.Module):
             refinement_channels or channels,
             refinement_kernel_size or kernel_size,
             refinement_layers,
+            refinement_stride,
             mlp_sizes,
             lstm_size,
             resolution,
@@ -230,8 +264,12 @@ class IODINE(nn.Module):
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(T + 1, K, D): of the standard normal numbers that draw an image's latents, one set for each L_t."""
-        return self.iterations + 1, self.num_slots, self.latent_size
+        """(n, K, D): of the standard normal numbers that draw an image's latents, one set for each L_t."""
+        return self.num_losses(self.iterations), self.num_slots, self.latent_size
+
+    def num_losses(self, iterations: int) -> int:
+        """n, of T iterations."""
+        return iterations if self.weigh_first else iterations + 1
 
     def forward(
         self,
@@ -241,34 +279,35 @@ class IODINE(nn.Module):
         iterations: int | None = None,
         noise: Tensor | None = None,
     ) -> Scene:
-        """Explain images (B, 3, H, W) in [-1, 1], or sequences (B, T + 1, 3, H, W) of them, a frame an iteration.
+        """Explain images (B, 3, H, W) in [-1, 1], or sequences (B, n, 3, H, W) of them, a frame for each L_t.
 
         Of a sequence, L_t is that of frame t, which then improves lambda_t: each frame is predicted from those before
         it, and the scene is the prediction of the last.
 
-        The latents are drawn by standard normal `noise` (B, T + 1, K, D) where given, which then says T and K, or
+        The latents are drawn by standard normal `noise` (B, n, K, D) where given, which then says T and K, or
         else by torch's own random numbers, for `num_slots` slots and `iterations` iterations.
         """
         frames, noise = self.prepare(image, num_slots, iterations, noise)
-        B, T, K = len(noise), noise.shape[1] - 1, noise.shape[2]
+        B, n, K = noise.shape[:3]
+        T = n - self.num_losses(0)
         differentiated = torch.is_grad_enabled()
         posterior, state, loss = self.initial.expand(B, K, -1), None, 0.0
-        for t in range(T + 1):
-            x = frames[:, t]
+        for t in range(n):
+            x, last = frames[:, t], t == n - 1
             # lambda needs the gradient of L even where nobody asks for those of the weights.
             with torch.enable_grad():
-                if t < T and not (differentiated and posterior.requires_grad):
+                if not last and not (differentiated and posterior.requires_grad):
                     posterior = posterior.detach().requires_grad_()
                 mean, variance = moments(posterior)
                 divergence = 0.5 * (variance + mean.square() - 1 - variance.log()).sum((1, 2))
                 decoded = self.decoder(mean + variance.sqrt() * noise[:, t])
                 mixture = iio_kernels.spatial_mixture(x, decoded, sigma=self.sigma)
-                if t < T:
+                if not last:
                     d_L = torch.ones_like(divergence), mixture.d_decoded.to(decoded.dtype)
                     (d_posterior,) = torch.autograd.grad([divergence, decoded], posterior, d_L, retain_graph=True)
             L = divergence - mixture.log_likelihood.sum((1, 2))
-            loss = loss + t / T * L.mean()
-            if t < T:
+            loss = loss + (t + self.weigh_first) / T * L.mean()
+            if not last:
                 posterior, state = self.refinement(x, decoded, mixture, posterior, d_posterior, state)
 
         pictures, mask_logits = decoded.split([3, 1], 2)
@@ -277,32 +316,30 @@ class IODINE(nn.Module):
     def prepare(
         self, image: Tensor, num_slots: int | None, iterations: int | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Frames (B, T + 1, 3, H, W) in [0, 1], and noise (B, T + 1, K, D)."""
-        (H, W), D = self.resolution, self.latent_size
+        """Frames (B, n, 3, H, W) in [0, 1], and noise (B, n, K, D)."""
+        (H, W), D, least = self.resolution, self.latent_size, self.num_losses(1)
         if image.dim() not in (4, 5) or tuple(image.shape[-3:]) != (3, H, W):
-            raise ValueError(
-                f"image: expected shape (B, 3, {H}, {W}) or (B, T + 1, 3, {H}, {W}), got {tuple(image.shape)}"
-            )
+            raise ValueError(f"image: expected shape (B, 3, {H}, {W}) or (B, n, 3, {H}, {W}), got {tuple(image.shape)}")
         if noise is None:
             K = self.num_slots if num_slots is None else num_slots
             T = self.iterations if iterations is None else iterations
             if iterations is None and image.dim() == 5:
-                T = image.shape[1] - 1
-            for name, number, least in (("num_slots", K, 2), ("iterations", T, 1)):
-                if number < least:
-                    raise ValueError(f"{name}: expected an int >= {least}, got {number}")
-            noise = torch.randn(len(image), T + 1, K, D, device=image.device, dtype=image.dtype)
-        elif noise.dim() != 4 or len(noise) != len(image) or noise.shape[1] < 2 or noise.shape[3] != D:
+                T = image.shape[1] - self.num_losses(0)
+            for name, number, lowest in (("num_slots", K, 2), ("iterations", T, 1)):
+                if number < lowest:
+                    raise ValueError(f"{name}: expected an int >= {lowest}, got {number}")
+            noise = torch.randn(len(image), self.num_losses(T), K, D, device=image.device, dtype=image.dtype)
+        elif noise.dim() != 4 or len(noise) != len(image) or noise.shape[1] < least or noise.shape[3] != D:
             raise ValueError(
-                f"noise: expected shape (B, T + 1, K, D), T >= 1 and D = {D}, to match image {tuple(image.shape)}, got "
-                f"{tuple(noise.shape)}"
+                f"noise: expected shape (B, n, K, D), n >= {least} and D = {D}, to match image {tuple(image.shape)}, "
+                f"got {tuple(noise.shape)}"
             )
-        steps = noise.shape[1]
-        if image.dim() == 5 and image.shape[1] != steps:
+        n = noise.shape[1]
+        if image.dim() == 5 and image.shape[1] != n:
             raise ValueError(
-                f"image: expected {steps} frames for {steps - 1} iterations, got shape {tuple(image.shape)}"
+                f"image: expected {n} frames for {n - self.num_losses(0)} iterations, got shape {tuple(image.shape)}"
             )
-        frames = image if image.dim() == 5 else image.unsqueeze(1).expand(-1, steps, -1, -1, -1)
+        frames = image if image.dim() == 5 else image.unsqueeze(1).expand(-1, n, -1, -1, -1)
         return frames * 0.5 + 0.5, noise
 
 

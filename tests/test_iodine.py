@@ -35,7 +35,8 @@ def test_tetrominoes_layers_are_the_published_ones():
     }
     # 64; 27,232 + 3 x 25,632 + 3,204; 13,632 + 2 x 25,632; 4,224; 16,448; norms of 3, 1, 1, 1 channels and 64 numbers.
     assert sum(p.numel() for p in model.parameters()) == 64 + 107_332 + 64_896 + 4_224 + 16_448 + 2 * 70
-    assert (model.sigma, model.noise_shape) == (0.1, (6, 4, 32))
+    assert (model.sigma, model.noise_shape) == (0.1, (5, 4, 32))
+    assert all(conv.stride == (1, 1) for conv in model.refinement.convs)
 
 
 def test_multi_dsprites_has_an_lstm():
@@ -49,7 +50,8 @@ def test_multi_dsprites_has_an_lstm():
         **{f"refinement.lstm.bias_{n}": (4 * 128,) for n in ("ih", "hh")},
         **linear("refinement.head", 128, 32),
     }
-    assert (model.resolution, model.noise_shape) == ((64, 64), (6, 6, 16))
+    assert (model.resolution, model.noise_shape) == ((64, 64), (5, 6, 16))
+    assert all(conv.stride == (1, 1) for conv in model.refinement.convs)
 
 
 def test_clevr_layers_are_the_published_ones():
@@ -59,13 +61,29 @@ def test_clevr_layers_are_the_published_ones():
         **convolutions("decoder.convs", [64 + 2, 64, 64, 64, 64, 4], 3),
         **convolutions("refinement.convs", [17, 64, 64, 64, 64], 3),
         **linear("refinement.mlp.0", 64, 256),
-        **linear("refinement.mlp.2", 256, 256),
         **{f"refinement.lstm.weight_{n}": (4 * 256, w) for n, w in (("ih", 256 + 128 + 128), ("hh", 256))},
         **{f"refinement.lstm.bias_{n}": (4 * 256,) for n in ("ih", "hh")},
         **linear("refinement.head", 256, 128),
     }
-    assert (model.resolution, model.noise_shape) == ((128, 128), (6, 7, 64))
+    assert (model.resolution, model.noise_shape) == ((128, 128), (5, 7, 64))
     assert all(conv.stride == (2, 2) for conv in model.refinement.convs)
+
+
+@pytest.mark.parametrize("name", IODINE.program)
+def test_the_program_differs_from_the_text(name):
+    text, program = (IODINE(**each[name]) for each in (IODINE.configurations, IODINE.program))
+    assert all(conv.stride == (2, 2) for conv in program.refinement.convs)
+    assert (text.noise_shape[0], program.noise_shape[0]) == (5, 6)
+    second = linear("refinement.mlp.2", 256, 256) if name == "clevr6" else {}
+    assert shapes(program) == shapes(text) | second
+
+
+def test_defaults_are_those_of_the_program():
+    """Weights and calls of earlier versions mean what they meant."""
+    default, program = IODINE(), IODINE(**IODINE.program["tetrominoes"])
+    assert shapes(default) == shapes(program)
+    assert default.noise_shape == program.noise_shape
+    assert default.refinement.convs[0].stride == (2, 2)
 
 
 def test_a_narrower_decoder_leaves_the_refinement_as_it_is():
@@ -133,7 +151,7 @@ def refine(model, x, z_parameters, means, logits, loss, state, stop=True):
     assert y.shape[2] == Refinement.MAPS == 17
     y = y.flatten(0, 1)
     for conv in net.convs:
-        y = F.elu(F.conv2d(y, conv.weight, conv.bias, stride=2, padding=conv.kernel_size[0] // 2))
+        y = F.elu(F.conv2d(y, conv.weight, conv.bias, stride=conv.stride, padding=conv.kernel_size[0] // 2))
     y = y.mean((2, 3))
     for i in range(0, len(net.mlp), 2):
         y = F.elu(net.mlp[i](y))
@@ -145,17 +163,18 @@ def refine(model, x, z_parameters, means, logits, loss, state, stop=True):
 
 
 def literal_loss(model, image, noise, stop=True):
-    """sum_t (t / T) L_t, and the last pictures and mask logits."""
+    """sum_t (t / T) L_t, and the last pictures and mask logits: t = 1..T as printed, 0..T as programmed."""
     x = image / 2 + 0.5
-    B, T, K, D = noise.shape[0], noise.shape[1] - 1, noise.shape[2], noise.shape[3]
+    B, n, K, D = noise.shape
+    counted = range(1, n + 1) if model.weigh_first else range(n)
     z_parameters, state, total = model.initial.expand(B, K, 2 * D), None, 0.0
-    for t in range(T + 1):
+    for i, t in enumerate(counted):
         q = Normal(z_parameters[:, :, :D], torch.log1p(z_parameters[:, :, D:].exp()).sqrt())
-        means, logits = decode(model, q.loc + q.scale * noise[:, t])
+        means, logits = decode(model, q.loc + q.scale * noise[:, i])
         divergence = kl_divergence(q, Normal(0.0, 1.0)).sum((1, 2))
         L = divergence - log_mixture(x, means, logits, model.sigma).sum((1, 2))
-        total = total + t / T * L.mean()
-        if t < T:
+        total = total + t / counted[-1] * L.mean()
+        if t < counted[-1]:
             z_parameters, state = refine(model, x, z_parameters, means, logits, L.sum(), state, stop)
     return total, means * 2 - 1, logits
 
@@ -199,6 +218,24 @@ def test_loss_and_gradients_are_those_of_the_paper(lstm_size, image, noise):
     (other,) = torch.autograd.grad(flowing, weight)
     torch.testing.assert_close(flowing, expected)
     assert (other - theirs[list(leaves).index("decoder.convs.1.weight")]).norm() > 1e-3 * other.norm()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_as_printed_every_loss_counts(count, image, noise):
+    """T losses weighted 1 / T to 1, of which the first is the initial posterior's, and stride 1."""
+    model = tiny(6, weigh_first=True, refinement_stride=1)
+    scene = model(image, noise=noise[:, :count])
+    expected, means, logits = literal_loss(model, image, noise[:, :count])
+    torch.testing.assert_close(scene.loss, expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(scene.decoded, torch.cat([means, logits[:, :, None]], 2), rtol=1e-9, atol=1e-10)
+    ours, theirs = (torch.autograd.grad(loss, list(model.decoder.parameters())) for loss in (scene.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * b.abs().max().item())
+    frames = image.unsqueeze(1).repeat(1, count, 1, 1, 1)
+    assert torch.equal(model(frames, noise=noise[:, :count]).loss, scene.loss)
+    assert model(frames).posterior.shape == model(image, iterations=count).posterior.shape
+    with pytest.raises(ValueError, match=f"image: expected {count} frames for {count} iterations"):
+        model(frames[:, :1].repeat(1, count + 1, 1, 1, 1), iterations=count)
 
 
 def test_what_the_refinement_sees_of_gradients_and_likelihoods_carries_no_gradient(image, noise):
