@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from . import scores
+from .clevr import PictureFolder
 from .clevr_like import ClevrLikeGenerator
 from .files import FORMATS, DataError, Format, load
 from .multi_dsprites import MultiDSpritesGenerator
@@ -34,17 +35,19 @@ class Dataset(NamedTuple):
 
     Attributes:
         generator: takes `num_scenes`, `seed` and `first`; None where the scenes come from files alone.
-        file: how a file stores them, for `load`; None where there are no files.
+        file: how a file, or a folder of pictures, stores them, for `load`; None where there are no files.
         size: height and width of every image, in pixels.
         num_entities: the most entities a scene can hold, the background included.
         properties: whether the properties of the objects are known: the scenes follow `ObjectScenes`.
+        masks: whether it is known which pixels are whose.
     """
 
     generator: Callable[..., Scenes] | None
-    file: Format | None
+    file: Format | PictureFolder | None
     size: tuple[int, int]
     num_entities: int
     properties: bool
+    masks: bool
 
 
 _GENERATORS = {
@@ -63,7 +66,7 @@ def _dataset(name: str) -> Dataset:
     scenes = make(1) if make else None
     size, num_entities = (scenes.size, scenes.num_entities) if scenes else (file.size, file.num_entities)
     properties = isinstance(scenes, ObjectScenes) or (file is not None and file.properties)
-    return Dataset(make, file, size, num_entities, properties)
+    return Dataset(make, file, size, num_entities, properties, masks=file is None or file.masks)
 
 
 #: All data sets by name.

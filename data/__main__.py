@@ -53,7 +53,7 @@ def main(
     Args:
         dataset: the data set's name.
         picture: the PNG file to write.
-        file: a file of the data set, to read instead of generating scenes.
+        file: a file of the data set, or CLEVR's folder, to read instead of generating scenes.
         scenes: how many scenes, the first ones.
         columns: how many scenes in a row.
         seed: of the generator.

@@ -1,4 +1,4 @@
-"""Scenes from the files of Multi-Object Datasets (github.com/deepmind/multi_object_datasets).
+"""Scenes from the files of Multi-Object Datasets (github.com/deepmind/multi_object_datasets), and from CLEVR's folder.
 
 A file is converted once, to arrays that later runs map into memory. The conversion streams: it holds a few scenes at a
 time, however long the file.
@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from . import clevr
 from .cache import GrowingArrays, build, folders, open_arrays, stamp
 from .properties import COLOURS, MATERIALS, MAX_OBJECTS, NUM_PROPERTIES, SHAPES, SIZES, encode
 from .scenes import Scenes, check_indices, progress_bar
@@ -43,6 +44,7 @@ class Format:
         crop: the first row and column and the side of the square that is cut out; None: all.
         side: the side that it is resized to.
         properties: the properties of objects are there, too, as CLEVR's.
+        masks: which pixels are whose is known; always, of these files.
         most: only scenes with at most so many objects are used; None: all.
     """
 
@@ -54,6 +56,7 @@ class Format:
     crop: tuple[int, int, int] | None = None
     side: int | None = None
     properties: bool = False
+    masks: ClassVar[bool] = True
     most: int | None = None
 
     @property
@@ -94,7 +97,7 @@ def _clevr(most: int | None) -> Format:
     )
 
 
-FORMATS = {
+FORMATS: dict[str, Format | clevr.PictureFolder] = {
     "tetrominoes": Format(image=(35, 35, 3), mask=(4, 35, 35, 1), entity_axis=0, strays=0.0),
     "multi-dsprites": _multi_dsprites(3, 6),
     "multi-dsprites-binarized": _multi_dsprites(1, 4),
@@ -105,6 +108,7 @@ FORMATS = {
     "objects-room-identical-color": _objects_room(10),
     "clevr6": _clevr(6),
     "clevr10": _clevr(None),
+    "clevr": clevr.CLEVR,
 }
 
 # The records of CLEVR with masks hold these features of 11 entities each, the background first.
@@ -120,7 +124,7 @@ def load(
     progress: bool = True,
     verify: bool = False,
 ) -> Scenes:
-    """The scenes of a file of Multi-Object Datasets.
+    """The scenes of a file of Multi-Object Datasets, or of the folder of the original CLEVR.
 
     The first call converts the file and keeps the result in a folder ``<file name>.cache``; later calls open that at
     once. It lies beside the file or, where that place cannot be written, in ``$XDG_CACHE_HOME/iio_kernels``
@@ -132,7 +136,7 @@ def load(
         path: a TFRecord file as published, compressed with gzip or not, or an ``.npz`` file with the features as arrays
             of n rows: `image`, uint8 (n, H, W, 3), and `mask`, bool or uint8 in 0 and 255, of the data set's shape with
             or without the trailing 1, entities before or behind H and W as published (read into memory whole). The
-            contents decide, not the name.
+            contents decide, not the name. Of "clevr" the folder with `images` and `scenes`.
         dataset: which data set it is, a name in `FORMATS`.
         cache_dir: the folder to keep the converted scenes in instead; made when missing.
         progress: show a progress bar during the conversion, on a terminal.
@@ -148,7 +152,13 @@ def load(
         conversion, and follow `ObjectScenes`. Rows 29 to 220 and columns 64 to 255 are resized to 128 x 128 as by the
         code of Slot Attention: images bilinearly between pixel centres without antialiasing (here rounded to bytes),
         labels to the nearest. The file writes factors as numbers from 1 on and does not say which means what. Of sizes
-        1 is large, as z shows; material, shape and colour number i is entry i of the one-hot vector.
+        1 is large, as z shows; material, shape and colour number i is entry i of the one-hot vector. The square cuts
+        off what stands at the sides: `properties` has the objects that can be seen in it, those of at least one of its
+        pixels by the resized mask. "At most 6 objects" counts all of the scene.
+
+        "clevr" is the original CLEVR, for set prediction: the training scenes and behind them the validation scenes, as
+        far as they are there. Whole pictures are resized to 128 x 128 likewise; all labels are 0, since nothing says
+        which pixels are whose. The cache is rebuilt when a list of scenes changes in size or time.
 
     Raises:
         ValueError: no such data set.
@@ -159,18 +169,25 @@ def load(
     if dataset not in FORMATS:
         raise ValueError(f"dataset: expected one of {', '.join(map(repr, FORMATS))}, got {dataset!r}")
     path, form = Path(path), FORMATS[dataset]
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
-    status = path.stat()
-    # Data sets that differ in `most` alone share what is converted.
-    source = min(name for name in FORMATS if replace(FORMATS[name], most=None) == replace(form, most=None))
-    wanted = {"version": VERSION, "dataset": source, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if form is clevr.CLEVR:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "expected the folder of images/ and scenes/, got a file", str(path))
+        wanted, convert, scenes = clevr.stamp(path), clevr.convert, _ClevrScenes
+    else:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
+        status = path.stat()
+        # Data sets that differ in `most` alone share what is converted.
+        files = {name: each for name, each in FORMATS.items() if isinstance(each, Format)}
+        source = min(name for name, each in files.items() if replace(each, most=None) == replace(form, most=None))
+        wanted = {"version": VERSION, "dataset": source, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        convert, scenes = _convert, _StoredObjectScenes if form.properties else _StoredScenes
 
     caches = folders(path, cache_dir)
     cache = next((cache for cache in caches if stamp(cache) == wanted), None)
     if cache is None:
-        cache = build(path, wanted, caches, lambda folder: _convert(path, form, folder, wanted, progress))
-    return (_StoredObjectScenes if form.properties else _StoredScenes)(dataset, cache, wanted, verify)
+        cache = build(path, wanted, caches, lambda folder: convert(path, form, folder, wanted, progress))
+    return scenes(dataset, cache, wanted, verify)
 
 
 class _StoredScenes:
@@ -212,6 +229,26 @@ class _StoredObjectScenes(_StoredScenes):
     def __init__(self, *opened: object) -> None:
         super().__init__(*opened)
         self._rows = np.flatnonzero(self._arrays["properties"][..., -1].sum(1) < self.num_entities)
+
+    def properties(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Copies the objects out of the file, those that have a pixel in the image; see `ObjectScenes.properties`."""
+        objects, labels = self._take("properties", indices, device), self._take("labels", indices, device)
+        # Object number m has the label m + 1. As a scene's objects are counted before, all of them stay in the file.
+        seen = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+        seen = seen.scatter_(1, labels.flatten(1).long(), True)[:, 1 : 1 + MAX_OBJECTS]
+        first = (~seen).to(torch.uint8).argsort(dim=1, stable=True)  # rows of zeros come last
+        return (objects * seen.unsqueeze(2)).take_along_dim(first.unsqueeze(2), 1)
+
+
+class _ClevrScenes(_StoredScenes):
+    """Scenes of the original CLEVR: image uint8 (n, 3, H, W) and properties float32 (n, 10, 19), but no labels."""
+
+    num_properties = NUM_PROPERTIES
+
+    def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """Copies the images out of the file; all labels are 0; see `Scenes.batch`."""
+        image = self._take("image", indices, device)
+        return image, torch.zeros_like(image[:, 0])
 
     def properties(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
         """Copies the objects out of the file; see `ObjectScenes.properties`."""

@@ -289,6 +289,29 @@ def test_clevr(path, monkeypatch):
             assert real == 1
 
 
+def test_objects_outside_the_crop_are_neither_asked_for_nor_scored(path):
+    """Of a scene's objects those remain that have a pixel of the resized square; which scenes there are stays."""
+    scene = clevr(7, seed=1)
+    labels = scene["mask"].argmax(0)
+    labels[labels == 2] = 0
+    labels[100:140, 10:60] = 2  # left of the square
+    labels[labels == 5] = 0
+    labels[225:, 100:140] = 5  # below it
+    labels[labels == 7] = 0
+    labels[99, 255:300] = 7  # one pixel is in it, of a row that resizing passes over
+    scene["mask"] = one_hot(labels, 11, 0)
+    path.write_bytes(b"".join(frame(clevr_record(each)) for each in (scene, clevr(6, seed=2))))
+    ten, six = (load(path, dataset=name, progress=False) for name in ("clevr10", "clevr6"))
+    rows = ten.properties(torch.tensor([0, 1]))
+    assert rows[..., -1].sum(1).tolist() == [4, 6]
+    assert not rows[0, 4:].any()
+    expected = [(scene["x"][m] + 3) / 6 for m in (1, 3, 4, 6)]
+    assert np.allclose(rows[0, :4, 0].numpy(), expected, atol=1e-6)
+    # Of 7 objects, 4 of which can be seen, the scene has more than 6 as before.
+    assert len(six) == 1
+    assert torch.equal(six.properties(torch.tensor([0])), rows[1:])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -716,8 +739,8 @@ def test_folder(path):
 
 
 def test_unknown_dataset(path):
-    with pytest.raises(ValueError, match=r"dataset: expected one of 'tetrominoes', .*, got 'clevr'"):
-        load(path, dataset="clevr")
+    with pytest.raises(ValueError, match=r"dataset: expected one of 'tetrominoes', .*, got 'clever'"):
+        load(path, dataset="clever")
 
 
 @pytest.mark.parametrize(
