@@ -64,6 +64,7 @@ except ImportError:  # Windows: nothing keeps two processes out of one folder
 import iio_kernels
 from data import DATASETS, DataError, ResidentScenes, Scenes, load, scores
 from data.properties import kinds
+from models import initial_weights
 from models.dspn import DSPN, REPRESENTATION_WEIGHT
 from models.iodine import IODINE
 from models.monet import MONet
@@ -93,7 +94,8 @@ class Config:
     dataset: Literal[tuple(DATASETS)] = "tetrominoes"
     """What to train on. Without --data the scenes are generated, where they can be."""
     data: Path | None = None
-    """A file of the data set: DeepMind's .tfrecords as published, or .npz with `image` and `mask`."""
+    """A file of the data set: DeepMind's .tfrecords as published, or .npz with `image` and `mask`. Of clevr the folder
+    with its images and scenes."""
     fine_tune: Literal["none", "iio", "reconstruction"] = "none"
     """What follows the pre-training on the reconstruction error: nothing; the IIO loss plus --hinge-scale times the
     reconstruction error while that is over --margin; or, to compare that with, the reconstruction error alone, with
@@ -137,9 +139,21 @@ class Config:
     """Width of the encoder's MLP, which makes the inputs to Slot Attention or Slot MLP; of the convolutions of IODINE's
     refinement network."""
     pixel_sigma: float | None = None
-    """IODINE: standard deviation of a pixel, for images in [0, 1]."""
+    """IODINE and MONet: standard deviation of a pixel, for images in [0, 1]; of MONet's first slot --background-sigma.
+    IODINE's paper compares with a MONet of 0.1 and 0.06."""
+    background_sigma: float | None = None
+    """MONet: standard deviation of a pixel under the first slot."""
+    iodine_source: Literal["text", "program"] | None = None
+    """IODINE's network and losses as its paper prints them, or as its authors' program has them: models/iodine.py tells
+    them apart."""
     ablation: Literal[("none", *ABLATIONS)] = "none"
     """Slot Attention without one of its parts, for discovery: see `ABLATIONS` in models/slot_attention.py."""
+    gradient: Literal["unrolled", "implicit", "bilevel"] = "unrolled"
+    """Slot Attention, in training: through all iterations; implicit: through the last alone (Chang et al. 2022, whose T
+    iterations and one are T + 1 here); bilevel: the same, and straight through to the initial slots (Jia et al.
+    2023)."""
+    neumann_terms: int = 0
+    """--gradient implicit: further terms of the series that is the gradient of a fixed point."""
     downsample: int | None = None
     """Set prediction: the image has this many times as many rows as the features, 1, 2, 4 or 8."""
     stepwise_loss: bool = False
@@ -147,6 +161,10 @@ class Config:
     coordinate_scale: float = 1.0
     """Set prediction: factor on coordinates in the loss; a larger one asks for more exact places."""
 
+    initial_weights: Literal["own", "keras", "sonnet"] | None = None
+    """By which rule weights are drawn: as models/ has it (He's in Slot Attention's encoder, Glorot's in DSPN, otherwise
+    PyTorch's), or the default of Keras or Sonnet, in which the papers' programs are written; see
+    models/initial_weights.py."""
     batch_size: int | None = None
     """Scenes in a step, over all processes."""
     optimizer: Literal["adam", "rmsprop", "muon"] | None = None
@@ -224,25 +242,25 @@ class Config:
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "slot-attention": {
         # Slot Attention's supplement, section E, and the IIO paper. How long fine-tuning warms up is
-        # ours.
+        # ours. Initial weights are those of the authors' program: the supplement is silent on them.
         "paper": dict(
             epochs=50, fine_tune_epochs=5, num_scenes=60_000, eval_scenes=1000,
             channels=32, kernel_size=5, input_size=32, slot_size=64, iterations=3, batch_size=64,
             optimizer="adam", lr=4e-4, fine_tune_lr=4e-4, warmup_steps=10_000, half_life=100_000, clip=0.0,
-            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="keras",
         ),
         # The lowest error in 20 minutes of what was tried (bench/README.md). The loss and its hinge are the paper's.
         "quick": dict(
             steps=5000, fine_tune_steps=4500, num_scenes=60_000, eval_scenes=320,
             channels=32, kernel_size=3, input_size=64, slot_size=64, iterations=3, batch_size=16,
             optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=1.0,
-            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="own",
         ),
         "smoke": dict(
             steps=20, fine_tune_steps=10, num_scenes=256, eval_scenes=32,
             channels=8, kernel_size=3, input_size=8, slot_size=64, iterations=3, batch_size=8,
             optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=5, half_life=20, clip=1.0,
-            fine_tune_warmup_steps=5, margin=4e-4, hinge_scale=1e3,
+            fine_tune_warmup_steps=5, margin=4e-4, hinge_scale=1e3, initial_weights="own",
         ),
     },
 }  # fmt: skip
@@ -258,7 +276,7 @@ PRESETS["set-prediction"] = {
     "paper": dict(
         steps=150_000, num_scenes=70_000, eval_scenes=15_000,
         channels=64, kernel_size=5, input_size=64, downsample=4, slot_size=64, iterations=3, batch_size=512,
-        optimizer="adam", lr=4e-4, warmup_steps=1000, half_life=50_000, clip=0.0,
+        optimizer="adam", lr=4e-4, warmup_steps=1000, half_life=50_000, clip=0.0, initial_weights="keras",
     ),
     "quick": PRESETS["slot-attention"]["quick"] | dict(
         steps=6000, num_scenes=10_000, channels=32, kernel_size=5, downsample=8, batch_size=32, lr=3e-3,
@@ -272,49 +290,51 @@ PRESETS["set-prediction by dspn"] = {
     "paper": dict(
         epochs=100, num_scenes=70_000, eval_scenes=15_000,
         channels=64, slot_size=512, iterations=10, batch_size=32,
-        optimizer="adam", lr=3e-4, warmup_steps=0, half_life=10**9, clip=0.0,
+        optimizer="adam", lr=3e-4, warmup_steps=0, half_life=10**9, clip=0.0, initial_weights="own",
     ),
     "quick": dict(
         steps=5000, num_scenes=10_000, eval_scenes=320,
         channels=16, slot_size=128, iterations=5, batch_size=16,
-        optimizer="muon", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0,
+        optimizer="muon", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0, initial_weights="own",
     ),
     "smoke": without(PRESETS["set-prediction"]["smoke"], "kernel_size", "input_size", "downsample")
     | dict(slot_size=16, iterations=2),
 }  # fmt: skip
 
 PRESETS["iodine"] = {
-    # Greff et al., appendix C.
+    # Greff et al., appendix C as printed, of Tetrominoes; their program's recipe differs (models/iodine.py), but for
+    # initial weights, on which the text is silent. Fine-tuning is ours.
     "paper": dict(
-        steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
-        channels=32, kernel_size=5, input_size=32, slot_size=32, iterations=5, pixel_sigma=0.1, batch_size=256,
-        optimizer="adam", lr=3e-4, fine_tune_lr=3e-4, warmup_steps=0, half_life=300_000, clip=5.0,
-        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3,
+        steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320, iodine_source="text",
+        channels=32, kernel_size=5, input_size=32, slot_size=32, iterations=5, pixel_sigma=0.1, batch_size=32,
+        optimizer="adam", lr=3e-4, fine_tune_lr=3e-4, warmup_steps=0, half_life=10**9, clip=5.0,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3, initial_weights="sonnet",
     ),
     "quick": dict(
-        steps=6000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320,
+        steps=6000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320, iodine_source="program",
         channels=16, kernel_size=3, input_size=64, slot_size=32, iterations=3, pixel_sigma=0.3, batch_size=8,
         optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=3000, clip=5.0,
-        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="own",
     ),
-    "smoke": PRESETS["slot-attention"]["smoke"] | dict(slot_size=8, iterations=2, pixel_sigma=0.3, clip=5.0),
+    "smoke": PRESETS["slot-attention"]["smoke"]
+    | dict(slot_size=8, iterations=2, pixel_sigma=0.3, clip=5.0, iodine_source="program"),
 }  # fmt: skip
 PRESETS["monet"] = {
-    # Burgess et al., appendix B.
+    # Burgess et al., appendix B, as printed, with the deviation of initial weights that is Sonnet's.
     "paper": dict(
         steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
-        channels=32, slot_size=16, batch_size=64,
+        channels=32, slot_size=16, pixel_sigma=0.11, background_sigma=0.09, batch_size=64,
         optimizer="rmsprop", lr=1e-4, fine_tune_lr=1e-4, warmup_steps=0, half_life=10**9, clip=0.0,
-        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3, initial_weights="sonnet",
     ),
     "quick": dict(
         steps=4000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320,
-        channels=16, slot_size=16, batch_size=8,
+        channels=16, slot_size=16, pixel_sigma=0.11, background_sigma=0.09, batch_size=8,
         optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=5.0,
-        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="own",
     ),
     "smoke": without(PRESETS["slot-attention"]["smoke"], "kernel_size", "input_size", "iterations")
-    | dict(slot_size=8),
+    | dict(slot_size=8, pixel_sigma=0.11, background_sigma=0.09),
 }  # fmt: skip
 
 # Muon would spend its time on Slot MLP's first layer, which holds nearly all of its weights.
@@ -322,13 +342,17 @@ for _name, _of in (("slot-mlp", "slot-attention"), ("set-prediction by slot-mlp"
     _own = dict(optimizer="adam", lr=4e-4, fine_tune_lr=4e-4)
     PRESETS[_name] = {preset: without(values, "iterations") | _own for preset, values in PRESETS[_of].items()}
 
-#: What images of another height than Tetrominoes' change, by what is trained, the preset and the height.
+#: What images of another height than Tetrominoes' change, by what is trained, the preset and the height: Multi-dSprites
+#: has 64, CLEVR 128. Of Slot Attention and Slot MLP steps and scoring scenes are those of the supplement's table 10; 50
+#: epochs are the IIO paper's, of Tetrominoes alone. IODINE's sizes are those of its text.
 ADJUSTED: dict[tuple[str, str, int], dict[str, Any]] = {
-    ("slot-attention", "paper", 128): dict(channels=64, input_size=64),
-    ("slot-mlp", "paper", 128): dict(channels=64, input_size=64),
-    ("iodine", "paper", 64): dict(slot_size=16, batch_size=128),
-    ("iodine", "paper", 128): dict(slot_size=64, channels=64, input_size=64, kernel_size=3, batch_size=32),
+    ("iodine", "paper", 64): dict(slot_size=16),
+    ("iodine", "paper", 128): dict(slot_size=64, channels=64, input_size=64, kernel_size=3),
 }
+for _name in ("slot-attention", "slot-mlp"):
+    _own = dict(steps=500_000, epochs=None, eval_scenes=320)
+    ADJUSTED[_name, "paper", 64] = _own
+    ADJUSTED[_name, "paper", 128] = _own | dict(channels=64, input_size=64)
 
 #: The weights that come with this, before and after fine-tuning.
 PRETRAINED = Path(__file__).with_name("models") / "pretrained"
@@ -359,6 +383,8 @@ def resolve(config: Config) -> Config:
         free = ("num_slots", "iterations") if config.eval_only else ()
         if fixed := [n for n in asked if n not in free]:
             raise UsageError(f"{option(fixed[0])}: weights bring their own architecture; leave it out")
+        if "initial_weights" in changed:
+            raise UsageError("--initial-weights: these weights are the initial ones; leave it out")
         if str(config.eval_only) == "pretrained":
             weights = pretrained(config)[0]
         config, _ = load_weights(weights, config)
@@ -368,6 +394,11 @@ def resolve(config: Config) -> Config:
     dataset, recipe = DATASETS[config.dataset], recipe_of(config)
     defaults = PRESETS[recipe][preset] | ADJUSTED.get((recipe, preset, dataset.size[0]), {})
     defaults["num_slots"] = dataset.num_entities - (config.task == "set-prediction")
+    if config.ablation == "soft-k-means":  # slots are means of inputs
+        defaults["input_size"] = config.slot_size or defaults["slot_size"]
+        if config.input_size not in (None, defaults["input_size"]):
+            raise UsageError(f"--input-size {config.input_size}: --ablation soft-k-means takes inputs as wide as "
+                             f"slots, {defaults['input_size']}")  # fmt: skip
     if unused := [n for n in asked if n not in CHOICES and n not in defaults]:
         raise UsageError(f"{option(unused[0])}: {recipe} has no such size")
     for epochs, steps in (("epochs", "steps"), ("fine_tune_epochs", "fine_tune_steps")):
@@ -406,10 +437,12 @@ def resolve(config: Config) -> Config:
             raise UsageError(f"{option(name)}: expected an odd number, got {value}")
     if not (math.isfinite(config.sigma) and config.sigma > 0):
         raise UsageError(f"--sigma: expected a number > 0, got {config.sigma}")
-    for name in ("coordinate_scale", "pixel_sigma"):
+    for name in ("coordinate_scale", "pixel_sigma", "background_sigma"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{option(name)}: expected a number > 0, got {value}")
+    if config.neumann_terms and config.iterations < 2:
+        raise UsageError("--neumann-terms: the gradient of a fixed point takes at least 2 --iterations, got 1")
     if config.fine_tune == "iio" and not 2 <= config.num_slots <= 16:
         raise UsageError(f"--num-slots: the IIO loss takes 2 to 16 masks, got {config.num_slots}")
     if config.model in ("iodine", "monet") and config.num_slots < 2:
@@ -461,9 +494,19 @@ def refuse_impossible(config: Config) -> None:
         raise UsageError("--stepwise-loss and --coordinate-scale are for --task set-prediction")
     if config.ablation != "none" and (config.task, config.model) != ("discovery", "slot-attention"):
         raise UsageError("--ablation is for --task discovery --model slot-attention")
+    if (config.gradient, config.neumann_terms) != ("unrolled", 0) and config.model != "slot-attention":
+        raise UsageError("--gradient and --neumann-terms are for --model slot-attention")
+    if config.neumann_terms < 0:
+        raise UsageError(f"--neumann-terms: expected a number >= 0, got {config.neumann_terms}")
+    if config.neumann_terms and (config.gradient != "implicit" or config.stepwise_loss):
+        raise UsageError("--neumann-terms is for --gradient implicit, without --stepwise-loss")
+    if config.task == "discovery" and not dataset.masks:
+        raise UsageError(f"--dataset {config.dataset} does not tell which pixels are whose, by which discovery is "
+                         "scored: add --task set-prediction")  # fmt: skip
     if config.data is None and dataset.generator is None:
         names = [name for name, each in DATASETS.items() if each.generator is not None]
-        raise UsageError(f"--dataset {config.dataset} cannot be generated: give its file as --data, or choose one of "
+        what = "file" if dataset.file.masks else "folder"
+        raise UsageError(f"--dataset {config.dataset} cannot be generated: give its {what} as --data, or choose one of "
                          f"{', '.join(names)}")  # fmt: skip
     if config.data is not None and dataset.file is None:
         names = [name for name, each in DATASETS.items() if each.file is not None]
@@ -690,6 +733,7 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
     try:
         saved = json.loads((folder / "config.json").read_text())
         saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
+        saved = {"initial_weights": "own"} | completed(saved)
         started_in = saved.pop("started_in", "")  # earlier runs did not keep it
         saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
         for name in ("data", "from_"):
@@ -735,7 +779,7 @@ def to_continue(folder: Path | None) -> str:
 #: What a model is built from, and weights carry with them.
 SIZES = ("channels", "kernel_size", "input_size", "downsample", "slot_size", "num_slots", "iterations")
 CHOICES = ("task", "model", "ablation")
-ARCHITECTURE = (*CHOICES, "pixel_sigma", *SIZES)
+ARCHITECTURE = (*CHOICES, "pixel_sigma", "background_sigma", "iodine_source", *SIZES)
 
 #: What else bears on the scores of given weights.
 SCORING = ("eval_only", "dataset", "data", "preset", "num_scenes", "eval_scenes", "eval_draws", "coordinate_scale",
@@ -746,7 +790,7 @@ def save_weights(path: Path, model: nn.Module, config: Config, results: dict) ->
     """Weights as safetensors, with what is needed to build the model again."""
     about = {"architecture": {name: getattr(config, name) for name in ARCHITECTURE}, "scores": results}
     about |= {"num_scenes": config.num_scenes, "dataset": config.dataset}
-    about |= {"data": "" if config.data is None else config.data.name}
+    about |= {"data": data_name(config)}
     # All under one key: safetensors writes several in an order of its own, and equal runs shall leave equal files.
     metadata = {"iio_kernels": json.dumps(about)}
     write(path, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, metadata))
@@ -763,6 +807,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about | {key: json.loads(about[key]) for key in ("architecture", "scores") if key in about}
 
 
+def completed(shape: dict[str, Any]) -> dict[str, Any]:
+    """The architecture that weights or a run tell, with what those of older versions leave out."""
+    shape = {"task": "discovery", "model": "slot-attention", "ablation": "none", "pixel_sigma": None,
+             "background_sigma": None, "iodine_source": None, "slot_size": 64, "downsample": None} | shape  # fmt: skip
+    unsaid = {"iodine": {"iodine_source": "program"}, "monet": {"pixel_sigma": 0.11, "background_sigma": 0.09}}
+    unsaid = unsaid.get(shape["model"], {})
+    return shape | {name: value for name, value in unsaid.items() if shape[name] is None}
+
+
 def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:
     """Weights, and the configuration with their architecture in it. To score them, K and T may be other ones."""
     if path.is_dir():
@@ -771,8 +824,7 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
         tensors, about = read_weights(path)
         shape = about["architecture"]
         dataset = about.get("dataset", config.dataset)
-        shape = {"task": "discovery", "model": "slot-attention", "ablation": "none", "pixel_sigma": None,
-                 "slot_size": 64, "downsample": None} | shape  # fmt: skip
+        shape = completed(shape)
         if config.eval_only is not None:
             shape |= {n: getattr(config, n) for n in ("num_slots", "iterations") if getattr(config, n) is not None}
         sizes = {name: None if shape[name] is None else int(shape[name]) for name in SIZES}
@@ -793,9 +845,14 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
 
 def scenes_seen(about: dict[str, Any], config: Config) -> int:
     """How many of the scenes asked for, the first, weights were trained on, by what they carry: 0 if on others."""
-    source = config.dataset, "" if config.data is None else config.data.name
+    source = config.dataset, data_name(config)
     trained_on = about.get("dataset", config.dataset), about.get("data", "")
     return int(about.get("num_scenes", 0)) if trained_on == source else 0
+
+
+def data_name(config: Config) -> str:
+    """The name of the file or folder of scenes, of `--data .` the folder's own; nothing where they are generated."""
+    return "" if config.data is None else os.path.basename(os.path.abspath(config.data))
 
 
 def pretrained(config: Config) -> list[Path]:
@@ -947,20 +1004,24 @@ def build_model(config: Config, resolution: tuple[int, int]) -> nn.Module:
         return {name: getattr(config, name) for name in ("channels", "num_slots", *names)}
 
     layers = "kernel_size", "input_size", "slot_size"
+    gradient = {"gradient": config.gradient, "neumann_terms": config.neumann_terms}
     match config.task, config.model:
         case "set-prediction", "dspn":
             model = DSPN(resolution, latent_size=config.slot_size, **sizes("iterations"))
         case "set-prediction", _:
             slots = config.model.removeprefix("slot-")
-            model = SetPredictor(resolution, slots=slots, **sizes(*layers, "iterations", "downsample"))
+            sized = sizes(*layers, "iterations", "downsample")
+            model = SetPredictor(resolution, slots=slots, slot_attention=gradient, **sized)
         case _, "slot-attention":
             changed = {} if config.ablation == "none" else ABLATIONS[config.ablation]
+            changed = changed | {"slot_attention": changed.get("slot_attention", {}) | gradient}
             model = SlotAttentionAutoEncoder(resolution, strided=strided, **sizes(*layers, "iterations"), **changed)
         case _, "slot-mlp":
             model = SlotMLPAutoEncoder(resolution, strided=strided, **sizes(*layers))
         case _, "iodine":
-            published = {each["resolution"][0]: each for each in IODINE.configurations.values()}
-            published = {"mlp_sizes": (128,), "kernel_size": 5} | published.get(resolution[0], {})
+            source = IODINE.configurations if config.iodine_source == "text" else IODINE.program
+            published = {each["resolution"][0]: each for each in source.values()}
+            published = published.get(resolution[0], source["tetrominoes"])
             own = dict(
                 resolution=resolution, latent_size=config.slot_size, sigma=config.pixel_sigma,
                 refinement_channels=config.input_size, refinement_kernel_size=published["kernel_size"],
@@ -969,7 +1030,10 @@ def build_model(config: Config, resolution: tuple[int, int]) -> nn.Module:
             model = IODINE(**published | own | sizes("kernel_size", "iterations"))
         case _, "monet":
             blocks = min(resolution).bit_length() - 2  # halved to 4 to 7 pixels: the published 5 of 64, 6 of 128
-            model = MONet(resolution, latent_size=config.slot_size, blocks=blocks, **sizes())
+            sigmas = dict(sigma_first=config.background_sigma, sigma=config.pixel_sigma)
+            model = MONet(resolution, latent_size=config.slot_size, blocks=blocks, **sigmas, **sizes())
+    if config.initial_weights in initial_weights.RULES:
+        initial_weights.RULES[config.initial_weights](model)
     return model.to(config.device, memory_format=torch.channels_last)
 
 
@@ -1067,8 +1131,10 @@ class Step:
         self.bad = torch.tensor(-1, device=config.device)
         self.values: dict[str, Tensor] = {}
         on_gpu = self.number.is_cuda
-        # The host matches predictions to objects: no graph holds that.
-        self.captures = on_gpu and config.cuda_graph and num_ranks() == 1 and config.task == "discovery"
+        # The host matches predictions to objects: no graph holds that. Nor one, yet, the gradients within a gradient
+        # that further terms of Neumann's series are.
+        captured = config.task == "discovery" and not config.neumann_terms
+        self.captures = on_gpu and config.cuda_graph and num_ranks() == 1 and captured
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch, rate: float) -> None:
@@ -1363,7 +1429,9 @@ class Run:
         self.trained: nn.Module = self.model
         if num_ranks() > 1:
             devices = [torch.cuda.current_device()] if torch.device(config.device).type == "cuda" else None
-            self.trained = DistributedDataParallel(self.model, devices)
+            # An implicit gradient leaves the initial slots out.
+            unused = config.gradient == "implicit"
+            self.trained = DistributedDataParallel(self.model, devices, find_unused_parameters=unused)
 
     @property
     def seconds(self) -> float:

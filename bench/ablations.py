@@ -1,9 +1,9 @@
 """What each part of Slot Attention is worth, one at a time: python3 -m bench.ablations FOLDER [train.py's options...]
 
 Trains the quick preset's model (`--steps N` for another number of steps), once as it is and once with each change
-below, those of the Slot Attention paper's supplement. Each run has its folder; finished ones are not run again,
-interrupted ones go on. FOLDER/ablations.json and ablations.md hold the scores on unseen scenes of those that are
-finished.
+below: those of the Slot Attention paper's supplement, soft k-means among them, and gradients that pass iterations by.
+Each run has its folder; finished ones are not run again, interrupted ones go on. FOLDER/ablations.json and ablations.md
+hold the scores on unseen scenes of those that are finished.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, float | str]] = {
     "6 slots": {"num_slots": 6},
     "8 slots": {"num_slots": 8},
     "no warm-up": {"warmup_steps": 0},
+    "implicit gradient": {"gradient": "implicit"},
+    "bilevel gradient": {"gradient": "bilevel"},
     # The rate falls by 0.003% in quick's 5,000 steps.
     "no decay": {"half_life": 10**8},
 }

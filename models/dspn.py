@@ -6,8 +6,10 @@ objects Y should have. A set is read out of z by T steps of gradient descent, th
     Y^(t+1) = Y^(t) - eta dL(Y^(t)) / dY,  L(Y) = mean of Huber's loss of g(Y) - z,  from a learnt Y^(0)  (algorithm 1)
 
 Training minimises the set loss of Y^(T), under Hungarian matching, and 0.1 L(Y) of the true Y, which ties both encoders
-together. Layers and constants are those of the published code for state prediction on CLEVR. Objects are rows (M, 19)
-as in `models.set_prediction`; the last number, "real", is the paper's mask feature.
+together. Layers, constants and initial weights are those of the authors' program for state prediction on CLEVR
+(Cyanogenoid/dspn), on which the paper's text is brief. Objects are rows (M, 19) as in `models.set_prediction`, of which
+two things differ from that program's: coordinates lie in [0, 1], there in [-1, 1], and properties stand in another
+order. The last number, "real", is the paper's mask feature.
 """
 
 from __future__ import annotations

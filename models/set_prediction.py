@@ -7,7 +7,8 @@ object; rows of zeros fill up scenes with fewer than M.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class SetPredictor(nn.Module):
         mlp_size: hidden width of the residual MLP on the slots.
         num_slots, iterations: K and T of Slot Attention.
         slots: "attention"; or "mlp", the Slot MLP baseline.
+        slot_attention: further options of `iio_kernels.nn.SlotAttention`, over those above.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SetPredictor(nn.Module):
         num_slots: int = 10,
         iterations: int = 3,
         slots: Literal["attention", "mlp"] = "attention",
+        slot_attention: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         input_size = input_size or channels
@@ -60,9 +63,8 @@ class SetPredictor(nn.Module):
         self.iterations = iterations
         if slots == "attention":
             self.noise_shape: tuple[int, ...] = (num_slots, slot_size)
-            self.slots: nn.Module = SlotAttention(
-                input_size, slot_size, mlp_size=mlp_size, num_slots=num_slots, iterations=iterations
-            )
+            options = dict(mlp_size=mlp_size, num_slots=num_slots, iterations=iterations) | dict(slot_attention or {})
+            self.slots: nn.Module = SlotAttention(input_size, slot_size, **options)
         else:
             self.noise_shape = (0,)
             grid = self.encoder.position.grid.shape[:2]

@@ -175,3 +175,12 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")  # as some schedulers set it
     monkeypatch.setenv("RANK", "3")
     assert (train.rank(), train.num_ranks()) == (0, 1)
+
+
+def test_an_implicit_gradient_leaves_the_initial_slots_out(tmp_path):
+    """Each process waits for gradients of all weights unless it is told that some have none."""
+    short = ["--preset", "smoke", "--device", "cpu", "--precision", "fp32", "--optimizer", "adam", "--eval-draws", "1"]
+    short += ["--steps", "3", "--num-scenes", "16", "--eval-scenes", "2", "--gradient", "implicit"]
+    process = torchrun("train.py", *short, "--out", tmp_path / "two")
+    _, errors = finish(process)
+    assert process.returncode == 0, errors
