@@ -121,7 +121,7 @@ def read_list(name: Path, file: BinaryIO) -> Iterator[Any]:
 
     try:
         yield from ijson.items(file, "scenes.item", use_float=True)
-    except ijson.JSONError as error:
+    except (ijson.JSONError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: cut off, or no JSON ({reason})") from None
 

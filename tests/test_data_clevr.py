@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -140,7 +141,10 @@ def test_one_split_alone(folder, split):
 
 def test_converted_once_and_again_when_a_list_changes(folder, monkeypatch):
     write(folder)
-    assert len(read(folder)) == 4
+    source = read(folder)
+    assert len(source) == 4
+    again = pickle.loads(pickle.dumps(source))  # as for a worker of a DataLoader
+    assert torch.equal(again.properties(torch.arange(4)), source.properties(torch.arange(4)))
     with monkeypatch.context() as patch:
         patch.setattr(clevr, "convert", None)
         assert len(read(folder, verify=True)) == 4
