@@ -59,7 +59,7 @@ def test_layers_are_those_of_the_supplement():
 
 @pytest.mark.parametrize("slots", ["attention", "mlp"])
 def test_predictions(slots):
-    model = SetPredictor((24, 20), channels=8, kernel_size=3, num_slots=5, slots=slots, hidden_size=16)
+    model = SetPredictor((24, 20), channels=8, kernel_size=3, num_slots=5, slots=slots)
     image, noise = torch.rand(2, 3, 24, 20), torch.randn(2, *model.noise_shape)
     predicted = model(image, noise=noise)
     assert predicted.shape == (2, 5, 19)
