@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, overload
 
 import torch
@@ -592,14 +592,17 @@ def convert_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
         theirs.load_state_dict(convert_weights(ours.state_dict(), theirs.state_dict()))
 
     Either may be a `SlotAttention` or one of the field: what a parameter is for is told by its name and its number of
-    dimensions. Names of layers that are known, after any prefix:
+    dimensions. Names that are known, after any prefix:
 
-    - queries, keys, values: those that end in `q`, `k`, `v` (`to_q`, `project_k`, `dense_v`);
-    - the normalisation of inputs: that which ends in `in`, `input`, `inputs`, `features` or `kv`; of slots: in `slots`
-      or `q`, or the first of `project_q`; before the MLP: with `mlp`, `ff` or `ffn` in its name, or `norm2`;
-    - the MLP's layers: those of `mlp`, `ffn` or `ff_mlp`, or `fc1` and `fc2`; that of all heads: `combine...`;
+    - queries, keys, values: `q`, `query` or `queries` and so on (`to_q`, `dense_v`, `to_keys`), perhaps before `_proj`;
+    - the normalisation of inputs: what ends in `in`, `input`, `inputs`, `feature`, `features` or `kv`; of slots: in
+      `slot`, `slots` or `q`, or the first of `project_q`; before the MLP: in `mlp`, `ff`, `ffn`, `norm2`, `res` or
+      `output`, or the normalisation in the MLP (`mlp.0`, `mlp.layers.0`, `mlp.norm`);
+    - the MLP's layers: the two in `mlp`, `ffn` or `ff_mlp` (`mlp.2`, `mlp.layers.3`, `mlp.layer1`), or `fc1` and `fc2`;
+      that of all heads: `combine...`;
     - the GRU: any `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`;
-    - initial slots: those that end in `mu`, `log_sigma` or `logsigma`, and `slots_init`, learnt queries.
+    - initial slots: those that end in `mu`, `loc` and `log_sigma`, `log_std`, `log_scale`, `logvar`, `sigma`; learnt
+      queries: `slots`, `slots_init`, `initial_slots`, `slots_embedding`, `init_latents`.
 
     Args:
         weights: a module's `state_dict()`, or anything else by its parameters' names, such as their gradients. Of a
@@ -608,8 +611,9 @@ def convert_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
 
     Returns:
         like's names, in its order, each with a tensor of `weights`, reshaped: the same values, to the bit, in the same
-        dtype, on the same device. There is one exception: what ends in `sigma` without `log` is taken for the deviation
-        itself, of which the logarithm is computed, or which is computed from that, to rounding.
+        dtype, on the same device. There are two exceptions. The spread of initial slots is a logarithm of the
+        deviation, or in `logvar` of its square, or in what ends in `sigma` without `log` the deviation itself: each is
+        computed from the others, to rounding. A bias that one MLP has and the other has not is 0.
 
     Raises:
         ValueError: a name is not known, or two are of the same layer; one of the two has a parameter that the other
@@ -617,10 +621,15 @@ def convert_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
     """
     given, wanted = _roles(weights, "weights"), _roles(like, "like")
     values = {role: weights[name] for role, name in given.items()}
-    if "sigma" in values and "log_sigma" in wanted:
-        values["log_sigma"] = values.pop("sigma").log()
-    elif "log_sigma" in values and "sigma" in wanted:
-        values["sigma"] = values.pop("log_sigma").exp()
+    for role in _SPREADS.keys() & values.keys() - wanted.keys():
+        for other in _SPREADS.keys() & wanted.keys() - values.keys():
+            values[other] = _SPREADS[other][1](_SPREADS[role][0](values.pop(role)))
+    for layer in ("mlp.0", "mlp.2"):
+        bias, weight = f"{layer}.bias", values.get(f"{layer}.weight")
+        if bias in wanted and bias not in values and weight is not None:
+            values[bias] = weight.new_zeros(len(weight))
+        elif bias in values and bias not in wanted and not values[bias].any():
+            del values[bias]
     missing, left = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
     if missing or left:
         parts = [f"nothing for {', '.join(wanted[role] for role in missing)}"] if missing else []
@@ -638,21 +647,35 @@ def convert_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
 
 #: The end of a layer's name, by what it is: a normalisation has one dimension of weights, a linear layer two.
 _NORMS = {
-    "norm_mlp": r"(mlp|ffn?|norm2)(\.0)?",
-    "norm_inputs": r"([._]in|inputs?|features|kv)",
-    "norm_slots": r"(slots|q)(\.0)?",
+    "norm_mlp": r"(mlp|ffn?|norm2|[._]res|[._]output)((\.[a-z]+)?\.(0|norm))?",
+    "norm_inputs": r"([._]in|inputs?|features?|kv)",
+    "norm_slots": r"(slots?|q)(\.0)?",
     "norm_updates": r"norm_updates",
 }
 _LINEARS = {
-    **{f"to_{x}": rf"(^|[._]){x}(\.1)?" for x in "qkv"},
+    "to_q": r"(^|[._])(q|query|queries)(_proj)?(\.1)?",
+    "to_k": r"(^|[._])(k|keys?)(_proj)?(\.1)?",
+    "to_v": r"(^|[._])(v|values?)(_proj)?(\.1)?",
     "combine": r"combine(_heads)?",
-    "mlp": r"((mlp|ffn?)\.|fc)\d",
+    "mlp": r"((mlp|ffn?)(\.[a-z]+)?\.(layer)?|fc)\d",
 }
-_INITIAL = {"log_sigma": r"log_?sigma", "sigma": r"sigma", "mu": r"(^|[._])mu|slots_init(\.weight)?"}
+_INITIAL = {
+    "log_sigma": r"log_?(sigma|std|scale)",
+    "log_var": r"log_?var",
+    "sigma": r"sigma",
+    "mu": r"(^|[._])(mu|loc)|(^|\.)slots|slots?_(init|embedding)(\.weight)?|initial_slots|init_latents",
+}
+
+#: What the spread of initial slots is kept as, by role: how its logarithm is made of it, and it of the logarithm.
+_SPREADS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "log_sigma": (lambda x: x, lambda x: x),
+    "log_var": (lambda x: x / 2, lambda x: x * 2),
+    "sigma": (torch.log, torch.exp),
+}
 
 
 def _roles(weights: Mapping[str, Tensor], argument: str) -> dict[str, str]:
-    """The names of weights by what they are for: the parameters of `SlotAttention`, and "sigma"."""
+    """The names of weights by what they are for: the parameters of `SlotAttention`, "sigma" and "log_var"."""
     role: str | None
     roles: dict[str, str] = {}
     mlp: list[str] = []  # its linear layers, in the order in which they are applied
