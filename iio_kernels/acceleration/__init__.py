@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-import copy
 import logging
-import random
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from iio_kernels.acceleration.quiet import quiet, quiet_traces
 from iio_kernels.acceleration.recognition import ESCAPES
+from iio_kernels.acceleration.state import as_before
 
 #: How many of a module's ancestors are tried where it is given keys and values, for the one that makes them.
 LEVELS = 2
@@ -91,8 +89,10 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         model: any module, changed in place. Calling this again takes up what has been added to it.
         args, kwargs: what the model is called with, an example, in the mode (train or eval, autocast) that matters
             most. The model is run once, without gradients, and each module that takes a softmax three times more,
-            hooks and prints included; random numbers, buffers and other attributes are as before afterwards. Without
-            an example the model's first call serves.
+            hooks and prints included. Without an example the model's first call serves. What these runs change is put
+            back, to the bit, also when one raises: parameters, buffers, gradients, attributes and what is in them,
+            random number generators, what hooks and methods refer to (see acceleration/state.py). A copy of all tensors
+            that the model holds is kept meanwhile in main memory.
 
     Returns:
         A `Report`; without an example it is filled when the model is first called.
@@ -128,7 +128,8 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         if isinstance(hook, _FirstCall):
             return hook.report
     report = Report(pending=True)
-    model.register_forward_pre_hook(_FirstCall(report), with_kwargs=True)
+    # The first of the hooks: the example is what the model is called with.
+    model.register_forward_pre_hook(_FirstCall(report), prepend=True, with_kwargs=True)
     return report
 
 
@@ -200,7 +201,7 @@ class Accelerated:
             self._traced = torch.compile(_with_cache_of_its_own(self.plain), backend=_Compiler(self.log))
         try:
             # Traced, NumPy's random numbers would be torch's.
-            with torch._dynamo.config.patch(trace_numpy=False):
+            with torch._dynamo.config.patch(trace_numpy=False), quiet_traces():
                 return self._traced(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException:
             # It cannot be traced: the module's own code says what is wrong, or runs.
@@ -273,20 +274,24 @@ def _rewritten(module: torch.fx.GraphModule, log: list[tuple[list[str], list[str
 
 def _accelerate(model: nn.Module, args: tuple, kwargs: dict, report: Report) -> None:
     paths = {module: path for path, module in model.named_modules()}
-    watch = _Watch(model)
-    with _as_before(model, args, kwargs), torch.no_grad(), watch:
-        model(*args, **kwargs)
+    watch, replaced = _Watch(model), []
     taken = {module for module in paths if isinstance(vars(module).get("forward"), Accelerated)}
     report.entries += [Entry(paths[module], type(module).__name__, True, "already") for module in taken]
-    # From the inside out: a module is traced without those inside it that are accelerated.
-    for stack in sorted(watch.stacks, key=len, reverse=True):
-        if taken.isdisjoint(stack):
-            with _opaque(taken):
-                fast, entry = _best(stack, watch, paths)
-            report.entries.append(entry)
-            if entry.accelerated:
-                fast.module.forward = fast
-                taken.add(fast.module)
+    with as_before(model, args, kwargs), quiet():
+        with torch.no_grad(), watch:
+            model(*args, **kwargs)
+        # From the inside out: a module is traced without those inside it that are accelerated.
+        for stack in sorted(watch.stacks, key=len, reverse=True):
+            if taken.isdisjoint(stack):
+                with _opaque(taken):
+                    fast, entry = _best(stack, watch, paths)
+                report.entries.append(entry)
+                if entry.accelerated:
+                    replaced.append(fast)
+                    fast.module.forward = fast
+                    taken.add(fast.module)
+    for fast in replaced:
+        fast.module.forward = fast
     order = list(paths.values())
     report.entries.sort(key=lambda entry: order.index(entry.path))
 
@@ -316,7 +321,7 @@ def _tried(fast: Accelerated, path: str, args: tuple, kwargs: dict) -> Entry:
     module = fast.module
     left = Entry(path, type(module).__name__, accelerated=False, what="")
     try:
-        with _as_before(module, args, kwargs), torch.inference_mode(False):
+        with torch.inference_mode(False):
             difference = _difference(module, fast.plain, fast, args, kwargs)
     except Exception as error:  # whatever it is, the module is left as it was, with the reason in the report
         left.what = f"it could not be traced: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
@@ -367,11 +372,6 @@ def _results(module: nn.Module, forward: Callable, args: tuple, kwargs: dict, no
         signs = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
         return (x * (1 + noise * signs)).to(x.dtype)
 
-    # By their data, so that no graph that holds them takes notice.
-    parameters = [p.data for p in module.parameters() if p.is_floating_point()] if noise else []
-    kept = [p.clone() for p in parameters]
-    for p in parameters:
-        p.copy_(jitter(p))
     inputs: list[Tensor] = []
 
     def fresh(x: Tensor) -> Tensor:
@@ -380,23 +380,26 @@ def _results(module: nn.Module, forward: Callable, args: tuple, kwargs: dict, no
             inputs.append(x.requires_grad_())
         return x
 
-    try:
-        args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
-        with _as_before(module, args, kwargs), torch.enable_grad():
-            outputs = [x for x in tree_leaves(forward(*args, **kwargs)) if isinstance(x, Tensor)]
-            differentiable = [x for x in outputs if x.requires_grad]
-            leaves = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
-            generator.manual_seed(1)
-            weights = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in differentiable]
-            gradients = (
-                torch.autograd.grad(differentiable, leaves, weights, allow_unused=True, materialize_grads=True)
-                if differentiable
-                else ()
-            )
-        return [x.detach() for x in (*outputs, *gradients)]
-    finally:
-        for p, old in zip(parameters, kept, strict=True):
-            p.copy_(old)
+    args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+    with as_before(module, args, kwargs), torch.enable_grad():
+        if noise:
+            for p in module.parameters():
+                if p.is_floating_point():
+                    # Along a dimension of stride 0 a parameter repeats itself. Of its data no graph takes notice.
+                    own = p.data[tuple(slice(1) if stride == 0 else slice(None) for stride in p.stride())]
+                    own.copy_(jitter(own))
+        outputs = [x for x in tree_leaves(forward(*args, **kwargs)) if isinstance(x, Tensor)]
+        differentiable = [x for x in outputs if x.requires_grad]
+        leaves = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
+        generator.manual_seed(1)
+        weights = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in differentiable]
+        gradients = (
+            torch.autograd.grad(differentiable, leaves, weights, allow_unused=True, materialize_grads=True)
+            if differentiable
+            else ()
+        )
+        # What the module keeps is about to be put back, and results may lie in its memory.
+        return [x.detach().clone() for x in (*outputs, *gradients)]
 
 
 @contextmanager
@@ -410,46 +413,6 @@ def _opaque(modules: set[nn.Module]) -> Iterator[None]:
     finally:
         for module, forward in forwards:
             module.forward = forward
-
-
-@contextmanager
-def _as_before(model: nn.Module, *arguments: Any) -> Iterator[None]:
-    """Put random numbers, buffers and whatever else modules keep in their attributes back to what they were."""
-    devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    held = [x for _, attributes, buffers in kept for x in (*attributes.values(), *buffers.values())]
-    generators = [x for x in (*held, *tree_leaves(arguments)) if isinstance(x, torch.Generator)]
-    contents: list[tuple[Any, Any]]
-    contents = [(x, x.detach().clone() if isinstance(x, Tensor) else copy.copy(x)) for x in held if isinstance(x, KEPT)]
-    states = [(generator, generator.get_state()) for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, others may use it
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for generator, state in states:
-            generator.set_state(state)
-        for module, attributes, buffers in kept:
-            for of, before in ((vars(module), attributes), (module._buffers, buffers)):
-                of.update(before)
-                for name in of.keys() - before.keys():
-                    del of[name]
-        with torch.no_grad():
-            for x, content in contents:
-                if isinstance(x, Tensor):
-                    x.copy_(content)
-                elif isinstance(x, list):
-                    x[:] = content
-                else:
-                    x.clear()
-                    x.update(content) if hasattr(x, "update") else x.extend(content)
-
-
-#: What modules keep in attributes and change in place.
-KEPT = (Tensor, list, dict, set, collections.deque)
 
 
 class _Watch(TorchDispatchMode):

@@ -15,7 +15,17 @@ from torch.fx import Graph, Node, map_arg
 from iio_kernels import _backends
 from iio_kernels._autograd import without_autocast
 from iio_kernels.acceleration.axes import Axis, Dim, atoms
-from iio_kernels.acceleration.recognition import VIEWS, Scale, Update, Value, example, name_of, read, written_by
+from iio_kernels.acceleration.recognition import (
+    VIEWS,
+    Scale,
+    Update,
+    Value,
+    _memory,
+    example,
+    name_of,
+    read,
+    written_by,
+)
 from iio_kernels.ops.slot_attention import slot_attention, slot_attention_from_inputs
 
 #: How far results and gradients may be apart in float64, of the largest of each: rounding makes 1e-13, and an epsilon
@@ -276,16 +286,19 @@ def _projection_free(keys: Projection, values: Projection, batch: Dim) -> bool:
 
 def _dying(replaced: set[Node], sources: Sequence[Source]) -> set[Node]:
     """The nodes that nothing needs once some are replaced, these included."""
+    graph = next(iter(replaced)).graph
     kept = {node for source in sources for node in source.nodes}
-    writes = {node for node in next(iter(replaced)).graph.nodes if not node.users and written_by(node)}
+    writes = {node for node in graph.nodes if not node.users and written_by(node)}
     while True:
         dying = set(replaced)
-        for node in reversed(next(iter(replaced)).graph.nodes):
+        for node in reversed(graph.nodes):
             unneeded = node in writes or (node.users and dying.issuperset(node.users))
             if unneeded and node.op.startswith("call") and node not in kept:
                 dying.add(node)
-        # Nobody reads what a write returns; it is needed if its target is.
-        needed = {node for node in writes & dying if written_by(node) not in dying}
+        # Nobody reads what a write returns; it is needed if anything else lies in the memory that it writes to, such as
+        # a parameter of which the graph has but views.
+        alive = {_memory(node) for node in graph.nodes if node not in dying and isinstance(example(node), Tensor)}
+        needed = {node for node in writes & dying if _memory(written_by(node)) in alive}
         if not needed:
             return dying
         writes -= needed

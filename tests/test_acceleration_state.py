@@ -1,0 +1,251 @@
+"""`accelerate` leaves everything as it was, to the bit, whatever forward does to the model and its surroundings."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iio_kernels import accelerate
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+SEEN: list[int] = []
+COUNT = 0
+
+
+class Attention(nn.Module):
+    """Slot attention, and before it `change`, which does something to the module."""
+
+    shared = 0
+
+    def __init__(self, change: Callable[[Attention, Tensor], Any], **held: Any) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.change = change
+        for name, x in held.items():
+            self.register_buffer(name, x) if isinstance(x, Tensor) else setattr(self, name, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self, x)
+        A = (self.to_q(x[:, :3]) @ self.to_k(x).mT).softmax(1) + 1e-8
+        return A / A.sum(-1, keepdim=True) @ self.to_v(x)
+
+
+class Around(nn.Module):
+    """A model that holds it."""
+
+    def __init__(self, *args: Any, **held: Any) -> None:
+        super().__init__()
+        self.attention = Attention(*args, **held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x).square()
+
+
+class Ema:
+    """Not a module, though it holds what one does."""
+
+    __slots__ = ("average", "steps")
+
+    def __init__(self) -> None:
+        self.average, self.steps = torch.zeros(8), 0
+
+    def update(self, x: Tensor) -> None:
+        with torch.no_grad():
+            self.average.lerp_(x.mean((0, 1)), 0.1)
+        self.steps += 1
+
+
+def codebook(m: Attention, x: Tensor) -> None:
+    with torch.no_grad():
+        m.code.weight.data.mul_(0.5).add_(x.mean((0, 1)))
+
+
+def teacher(m: Attention, x: Tensor) -> None:
+    with torch.no_grad():
+        for theirs, ours in zip(m.teacher[0].parameters(), m.to_q.parameters(), strict=True):
+            theirs.mul_(0.9).add_(ours, alpha=0.1)
+
+
+def own_weights(m: Attention, x: Tensor) -> None:
+    m.to_k.weight.data.div_(m.to_k.weight.data.norm())
+
+
+def containers(m: Attention, x: Tensor) -> None:
+    m.counts[0] += 1
+    m.queue.append(x.detach())
+    m.nested["of"][-1]["lists"].append(len(m.nested["of"]))
+    m.nested[len(m.nested)] = x.shape
+    m.names.add(len(m.names))
+    m.ordered.move_to_end("a")
+    m.counter.update(["a", "b"])
+    m.array += 1
+    m.simple.steps += 1
+
+
+def attributes(m: Attention, x: Tensor) -> None:
+    m.steps = getattr(m, "steps", 0) + 1
+    m.training = not m.training
+    m.lazy = x.detach().mean((0, 1)) if m.lazy is None else m.lazy + 1
+    m.new = nn.Linear(2, 2)
+    del m.old
+    m.old = [1]
+    type(m).shared += 1
+
+
+def gradients(m: Attention, x: Tensor) -> None:
+    with torch.enable_grad():
+        m.to_v(x.detach()).sum().backward()
+    m.to_q.weight.requires_grad_(not m.to_q.weight.requires_grad)
+
+
+def buffers(m: Attention, x: Tensor) -> None:
+    m.mean.mul_(0.9).add_(m.to_k(x).mean((0, 1)))
+    m.first[0] += 1
+    m.grown.resize_(16)[8:] = 1
+    m.moved.data = torch.ones(3, dtype=torch.float64)
+    m.sparse._values().add_(1)
+
+
+def generators(m: Attention, x: Tensor) -> None:
+    torch.rand(1), torch.rand(1, generator=m.torch)
+    random.random(), m.python.random()
+    np.random.rand(), m.numpy.random(), m.old.rand()  # noqa: NPY002
+
+
+def surroundings(m: Attention, x: Tensor) -> None:
+    global COUNT
+    COUNT += 1
+    SEEN.append(COUNT)
+    m.ema.update(x)
+
+
+def parts(m: Attention) -> dict[str, Any]:
+    """All that the changes change, in a form that can be compared, to the bit."""
+    found: dict[str, Any] = {f"{name}.{i}": x for i, x in enumerate(m.modules()) for name, x in vars(x).items()}
+    found |= {f"bytes of {name}": x.detach().clone() for name, x in m.state_dict().items() if not x.is_sparse}
+    places = {name: x for name, x in m.state_dict().items() if name not in ("grown", "sparse")}  # grown: elsewhere now
+    found |= {f"place of {name}": (x.data_ptr(), x.shape) for name, x in places.items()}
+    found |= {f"version of {name}": (x._version, x.grad_fn, x.is_leaf) for name, x in m.named_buffers()}
+    found |= {f"grad of {name}": (x.requires_grad, copy.deepcopy(x.grad)) for name, x in m.named_parameters()}
+    if hasattr(m, "teacher"):
+        found |= {f"teacher {name}": x.clone() for name, x in m.teacher[0].state_dict().items()}
+    if hasattr(m, "counts"):
+        held = "counts", "queue", "nested", "names", "ordered", "counter", "array"
+        found |= {f"in {name}": copy.deepcopy(getattr(m, name)) for name in held}
+        found |= {"steps": m.simple.steps, "order": list(m.ordered)}
+    if hasattr(m, "ema"):
+        found |= {"ema": m.ema.average.clone(), "ema's steps": m.ema.steps}
+    if hasattr(m, "sparse"):
+        found["sparse"] = m.sparse.to_dense()
+    if hasattr(m, "numpy"):
+        found |= {"torch's": m.torch.get_state(), "python's": m.python.getstate()}
+        found |= {"numpy's": m.numpy.bit_generator.state, "old": m.old.get_state()[1].copy()}
+    found |= {"global": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())}  # noqa: NPY002
+    return found | {"around": (list(SEEN), COUNT, Attention.shared)}
+
+
+def assert_same_bits(now: Any, before: Any, where: str) -> None:
+    assert type(now) is type(before), where
+    if isinstance(now, (dict, collections.OrderedDict)):
+        assert list(now) == list(before), where
+        for key in now:
+            assert_same_bits(now[key], before[key], f"{where} {key}")
+    elif isinstance(now, (list, tuple, collections.deque)):
+        assert len(now) == len(before), where
+        for i, pair in enumerate(zip(now, before, strict=True)):
+            assert_same_bits(*pair, f"{where} {i}")
+    elif isinstance(now, Tensor):
+        now, before = (x.detach().to_dense() if x.is_sparse else x.detach() for x in (now, before))
+        assert now.dtype == before.dtype and torch.equal(now, before), where  # noqa: PT018
+    elif isinstance(now, np.ndarray):
+        assert np.array_equal(now, before), where
+    else:
+        assert now is before or now == before, where
+
+
+def repeated(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight[:1].detach().expand(8, 8))
+
+
+def made(change: Callable) -> Around:
+    """A model whose forward makes this change, with what is changed."""
+    SEEN.clear()
+    torch.manual_seed(0)
+    held = {
+        codebook: lambda: {"code": nn.Embedding(4, 8)},
+        teacher: lambda: {"teacher": [nn.Linear(8, 8)]},
+        own_weights: dict,
+        containers: lambda: {
+            "counts": [0], "queue": collections.deque([torch.zeros(1)], maxlen=3), "names": {0},
+            "nested": {"of": (1, {"lists": [torch.ones(2)]})}, "ordered": collections.OrderedDict(a=1, b=2),
+            "counter": collections.Counter("abca"), "array": np.zeros(3), "simple": types.SimpleNamespace(steps=0),
+        },
+        attributes: lambda: {"old": [1]},
+        gradients: dict,
+        buffers: lambda: {
+            "mean": torch.zeros(8), "first": torch.arange(6.0)[2:], "grown": torch.arange(8.0),
+            "moved": torch.zeros(2), "sparse": torch.eye(3).to_sparse(),
+        },
+        generators: lambda: {
+            "torch": torch.Generator().manual_seed(1), "python": random.Random(1), "numpy": np.random.default_rng(1),
+            "old": np.random.RandomState(1),
+        },
+        surroundings: lambda: {"ema": Ema()},
+    }  # fmt: skip
+    model = Around(change, **held[change]())
+    attention = model.attention
+    attention.to_v.weight = attention.to_k.weight  # one parameter, two layers
+    attention.to_v.bias = nn.Parameter(attention.to_k.bias.data[:])  # two parameters, one memory
+    attention.to_q.weight = repeated(attention.to_q.weight)
+    if change is gradients:
+        attention.to_k.bias.grad = torch.ones(8)
+    if change is attributes:
+        attention.register_buffer("lazy", None)
+    return model
+
+
+CHANGES = (
+    codebook, teacher, own_weights, containers, attributes, gradients, buffers, generators, surroundings,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_everything_is_as_before(change: Callable):
+    torch._dynamo.reset()
+    model, x = made(change), torch.randn(4, 64, 8)
+    before, given = parts(model.attention), x.clone()
+    accelerate(model, x)
+    model.attention.__dict__.pop("forward", None)
+    assert torch.equal(x, given)
+    assert_same_bits(parts(model.attention), before, "")
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_the_first_call_happens_once(change: Callable):
+    """Without an example: the call changes what it would have changed, and its results are the same."""
+    torch._dynamo.reset()
+    found = []
+    for accelerated in (False, True):
+        model, x = made(change), torch.linspace(-1, 1, 4 * 64 * 8).view(4, 64, 8)
+        Attention.shared, globals()["COUNT"] = 0, 0
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
+        if accelerated:
+            accelerate(model)
+        out = model(x).detach()
+        model.attention.__dict__.pop("forward", None)
+        now = {name: x for name, x in parts(model.attention).items() if not name.startswith(("place", "_", "version"))}
+        found.append((out, {name: x for name, x in now.items() if not callable(x)}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, x in found[0][1].items():
+        torch.testing.assert_close(x, found[1][1][name], rtol=1e-4, atol=1e-5) if isinstance(x, Tensor) else None
