@@ -317,7 +317,8 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x.device
+    # Not its shape, which a lazy parameter has none of.
+    return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride(), x.dtype, x.device
 
 
 def _bytes(x: torch.UntypedStorage) -> Tensor:
