@@ -37,10 +37,26 @@ class Entry:
     """The largest deviation of an output or gradient on the example, of what changing the last bits of its inputs and
     parameters makes; below 1 it is rounding."""
 
+    @property
+    def status(self) -> str:
+        """One of `STATUSES`."""
+        if self.accelerated:
+            return "accelerated"
+        others = all(reason.startswith(NO_PRODUCT) for reason in self.what.split("; "))
+        return "other softmax" if others else "left alone"
+
+
+#: What becomes of modules, in the order of a report. Other softmaxes are of no queries and keys, such as a decoder's
+#: over its masks.
+STATUSES = ("accelerated", "left alone", "other softmax")
+
+#: What is said of other softmaxes.
+NO_PRODUCT = "its logits are not a product"
+
 
 @dataclass
 class Report:
-    """What `accelerate` replaced, what it left alone, and why: an `Entry` each. It prints as a table."""
+    """What `accelerate` replaced, what it left alone, and why: an `Entry` each. It prints as a table, in this order."""
 
     entries: list[Entry] = field(default_factory=list)
     pending: bool = False
@@ -57,8 +73,8 @@ class Report:
         if not self.entries:
             return "accelerate: no module of the model takes a softmax"
         rows = [
-            (entry.path or "(the model)", entry.kind, "accelerated" if entry.accelerated else "left alone", entry.what)
-            for entry in self.entries
+            (entry.path or "(the model)", entry.kind, entry.status, entry.what)
+            for entry in sorted(self.entries, key=lambda entry: STATUSES.index(entry.status))
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows)
@@ -350,18 +366,25 @@ def _difference(module: nn.Module, plain: Callable, fast: Callable, args: tuple,
     eps = [torch.finfo(autocast or x.dtype).eps if x.dtype.is_floating_point else 0 for x in own]
     changed = _results(module, plain, args, kwargs, max(eps, default=0.0))
     ours = _results(module, fast, args, kwargs, 0)
-    largest = max((x.abs().max().double() for x in own if x.numel()), default=0.0)
+    # An image that is masked wholly may be NaN, in both alike; what is left has to be the same.
+    finite = [x.isfinite() for x in own]
+    largest = max((x[f].abs().max().double() for x, f in zip(own, finite, strict=True) if f.any()), default=0.0)
     worst = 0.0
-    for a, b, c, e in zip(own, ours, changed, eps, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
+    for a, b, c, e, f in zip(own, ours, changed, eps, finite, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype or not _equal(a[~f], b[~f]):
             return float("inf")
-        if a.numel():
-            a, b, c = (x.double() for x in (a, b, c))
+        if f.any():
+            a, b, c = (x[f].double() for x in (a, b, c))
             # Some gradients are sums of terms that cancel, and what is rounded are the terms.
             allowed = TIMES * (c - a).abs().max() + e * (4 * TIMES * a.abs().max() + largest)
             apart = (b - a).abs().max()
             worst = max(worst, 0.0 if apart == 0 else (apart / allowed).nan_to_num(float("inf")).item())
     return worst
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are the same, of which NaN is one."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _results(module: nn.Module, forward: Callable, args: tuple, kwargs: dict, noise: float) -> list[Tensor]:

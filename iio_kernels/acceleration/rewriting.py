@@ -15,6 +15,7 @@ from torch.fx import Graph, Node, map_arg
 from iio_kernels import _backends
 from iio_kernels._autograd import without_autocast
 from iio_kernels.acceleration.axes import Axis, Dim, atoms
+from iio_kernels.acceleration.emptiness import Empty
 from iio_kernels.acceleration.recognition import (
     VIEWS,
     Scale,
@@ -91,6 +92,8 @@ class Call:
     eps_if_masked: float | None
     options: dict[str, Any]
     return_attention: bool
+    empty: tuple[Empty, ...] = ()
+    """What becomes NaN where masks leave nothing."""
 
     __name__ = "slot_attention"
 
@@ -114,6 +117,8 @@ class Call:
         U, A = out if options["return_attention"] else (out, out)
         if self.eps_if_masked is not None:
             U = self._with_eps(U, A, self.eps_if_masked, **given)
+        for empty in self.empty:
+            U, A = empty.applied(U, A, given, self.options["joint_heads"])
         U = arranged(U if self.factor == 1 else U * self.factor, *self.update, sizes).to(self.dtypes[0])
         return U, arranged(A, *self.attention, sizes).to(self.dtypes[1]) if self.return_attention else None
 
@@ -168,10 +173,14 @@ def rewrite(graph: Graph) -> tuple[list[Call], list[str]]:
             _check_gradients(update, call, sources)
             try:
                 apart = distance(graph, update, call, sources)
+                call = replace(call, empty=_nans(graph, update, call, sources))
+                apart_if_empty = [distance(graph, update, call, sources, mask) for mask in call.taking_part]
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise Refused(f"its proof in float64 did not run: {error!r}") from error
             if not apart <= TOLERANCE:
                 raise Refused(f"in float64 what would replace it is {apart:.1g} off")
+            if not max(apart_if_empty, default=0.0) <= TOLERANCE:
+                raise Refused("where all is masked what would replace it is something else")
             _replace(graph, update, call, sources)
             calls.append(call)
         except Refused as reason:
@@ -336,24 +345,67 @@ def _replace(graph: Graph, update: Update, call: Call, sources: list[Source]) ->
         graph.erase_node(node)
 
 
-def distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -> float:
+def distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None = None) -> float:
     """How far apart a graph's update and attention and a call's are, and their gradients, in float64.
 
-    The operands are random, of few images and inputs unless the graph has the numbers of these written into it; the
-    distance is relative to the largest number of each.
+    The operands are random; the distance is relative to the largest number of each. `empty`: the mask that leaves
+    nothing. What is NaN in both is the same then.
+    """
+    theirs, ours = _both(graph, update, call, sources, empty)
+    return max(_apart(a, b, nan_is_nan=empty is not None) for a, b in zip(theirs, ours, strict=False))
+
+
+def _nans(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -> tuple[Empty, ...]:
+    """What the graph makes NaN of where masks leave nothing."""
+    found = []
+    for mask in call.taking_part:
+        (U, A, *gradients), _ = _both(graph, update, call, sources, mask)
+        by_node = dict(zip(_leaves(call, sources), gradients, strict=True))
+        operands = []
+        for operand, source in zip(call.operands, sources, strict=True):
+            if operand.name not in call.taking_part:
+                gradient = by_node[source.node]
+                if (gradient if source.index is None else gradient[source.index]).isnan().any():
+                    operands.append(operand.name)
+        if U.isnan().any():
+            found.append(Empty(mask, A is not None and bool(A.isnan().any()), tuple(operands)))
+    return tuple(found)
+
+
+def _leaves(call: Call, sources: Sequence[Source]) -> list[Node]:
+    """The nodes to which there are gradients."""
+    leaves = {}
+    for operand, (node, _, scales) in zip(call.operands, sources, strict=True):
+        if operand.name not in call.taking_part:
+            leaves[node] = None
+        leaves |= {scale.node: None for scale in scales if isinstance(example(scale.node), Tensor)}
+    return list(leaves)
+
+
+Results = list["Tensor | None"]
+
+
+def _both(
+    graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None
+) -> tuple[Results, Results]:
+    """Update, attention and gradients to `_leaves`, of a graph and of a call. The graph's attention may be None.
+
+    They are of few images and inputs unless the graph has the numbers of these written into it.
     """
     images = {dim[0] for dim in call.update[0][:-2] if len(dim) == 1}
     inputs = set(call.attention[0][-1])
     for few in (dict.fromkeys(images, 2) | dict.fromkeys(inputs, 32), dict.fromkeys(images, 2), {}):
         try:
-            return _distance(graph, update, call, sources, few)
+            return _both_of_few(graph, update, call, sources, empty, few)
         except (RuntimeError, ValueError, IndexError):
             if not few:
                 raise
     raise AssertionError("unreachable")
 
 
-def _distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source], few: dict[int, int]) -> float:
+def _both_of_few(
+    graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None, few: dict[int, int]
+) -> tuple[Results, Results]:
     device = example(sources[0].node).device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -368,7 +420,9 @@ def _distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source
             for i, dim in zip(left, operand.layout, strict=True):
                 shape[i] = min(shape[i], few.get(dim[0], shape[i])) if len(dim) == 1 else shape[i]
             if operand.name in call.taking_part:
-                given[node] = _drawn_mask(drawn, shape) == call.taking_part[operand.name]
+                nothing = torch.zeros(shape, dtype=torch.bool, device=device)
+                mask = nothing if operand.name == empty else _drawn_mask(drawn, shape)
+                given[node] = mask == call.taking_part[operand.name]
             else:
                 given[node] = drawn(shape).requires_grad_()
             for scale in scales:
@@ -377,16 +431,15 @@ def _distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source
                 given[scale.node] = (drawn(like.shape).abs() + 0.5).requires_grad_() if tensor else _hint(like)
         theirs = _evaluated(graph, update, dict(given))
         with_attention = replace(call, dtypes=(torch.float64,) * 2, return_attention=True)
-        results = with_attention(*(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources))
-        ours = [x for x in results if x is not None]
-        apart = [_apart(a, b) for a, b in zip(theirs, ours, strict=False)]
+        made = with_attention(*(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources))
+        ours = [x for x in made if x is not None][: len(theirs)]
         weights = [drawn(x.shape) for x in theirs]
-        leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
-        gradients = [
-            torch.autograd.grad(torch.stack([(x * w).sum() for x, w in zip(of, weights, strict=False)]).sum(), leaves)
-            for of in (theirs, ours)
-        ]
-        return max(apart + [_apart(a, b) for a, b in zip(*gradients, strict=True)])
+        leaves = [given[node] for node in _leaves(call, sources)]
+        both: list[Results] = []
+        for results in (theirs, ours):
+            total = torch.stack([(x * w).sum() for x, w in zip(results, weights, strict=True)]).sum()
+            both.append([*results, *[None] * (2 - len(results)), *torch.autograd.grad(total, leaves)])
+        return both[0], both[1]
 
 
 def _drawn_mask(drawn: Callable[[Sequence[int]], Tensor], shape: list[int]) -> Tensor:
@@ -398,9 +451,15 @@ def _drawn_mask(drawn: Callable[[Sequence[int]], Tensor], shape: list[int]) -> T
     raise Refused("its mask leaves nothing to mask")
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
+def _apart(a: Tensor | None, b: Tensor | None, nan_is_nan: bool) -> float:
+    if a is None or b is None:
+        return 0.0
+    if a.shape != b.shape or not (nan_is_nan or a.isfinite().all()):
         return float("inf")
+    if not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    number = ~a.isnan()
+    a, b = a[number], b[number]
     difference = ((a - b).abs().max() / a.abs().max().clamp(min=1e-300)).item() if a.numel() else 0.0
     return float("inf") if isnan(difference) else difference
 

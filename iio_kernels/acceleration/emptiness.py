@@ -1,0 +1,48 @@
+"""What modules make of an image of which nothing takes part: NaN, mostly, where the operations make numbers.
+
+A softmax over slots of which all are masked with -inf is NaN, and so is a mean over inputs of which all are masked with
+0 after epsilon was added. Whether that is so of one graph, and to what its gradient is NaN then, its proof finds out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Empty(NamedTuple):
+    """What becomes NaN in an image of which a mask leaves nothing."""
+
+    mask: str
+    attention: bool
+    operands: tuple[str, ...]
+    """Those to which the gradient is NaN then."""
+
+    def applied(
+        self, U: Tensor, A: Tensor, given: dict[str, Tensor], joint_heads: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The update (..., K, D) and the attention (..., K, N) with NaN there; masks (..., K) or (..., N), True = takes
+        part, and operands with the same leading dimensions, or of size 1."""
+        leading = given[self.mask].dim() - 1
+        empty = ~given[self.mask].any(-1)
+        if joint_heads and self.mask == "slot_mask":  # a softmax runs over all heads
+            empty = empty.all(-1, keepdim=True)
+        empty = empty[..., None, None]
+        # A NaN that depends on operands as the module's own does; elsewhere 0 times them, so gradients are as before.
+        nan = times = torch.where(empty, torch.nan, 0.0).to(U.dtype)
+        # Keys have a gradient of 0 times the queries, which an earlier iteration may have made NaN.
+        times_q = torch.where(empty, 0 * _sums(given["q"].detach(), leading), 0.0).to(U.dtype)
+        for name in given.keys() - {"slot_mask", "input_mask"}:
+            if name in self.operands:
+                nan = nan + times * _sums(given[name], leading)
+            elif name in ("k", "x", "wk", "bk"):
+                nan = nan + times_q * _sums(given[name], leading)
+        U = torch.where(empty, nan, U)
+        return U, A.masked_fill(empty, torch.nan) if self.attention else A
+
+
+def _sums(x: Tensor, leading: int) -> Tensor:
+    """Of all numbers of an image, (..., 1, 1)."""
+    return x.flatten(leading).sum(-1)[..., None, None]
