@@ -1,6 +1,6 @@
 """Kernels for object-centric learning: slot attention, composition, mixtures, Interaction Information Optimization."""
 
-from iio_kernels import nn
+from iio_kernels import _entry_point, nn
 from iio_kernels._backends import backends
 from iio_kernels._version import __version__
 from iio_kernels.acceleration import accelerate, restore
@@ -44,3 +44,5 @@ __all__ = [
     "slot_attention_module",
     "spatial_mixture",
 ]
+
+_entry_point.announce()

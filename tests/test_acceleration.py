@@ -577,7 +577,8 @@ def test_a_model():
     assert_equal_runs(model, plain, x)
     lines = str(report).splitlines()
     assert len(lines) == 2
-    assert lines[1].split()[:3] == ["slot_attention", "SlotFormer", "accelerated"]
+    assert lines[0].split()[:3] == ["slot_attention", "SlotFormer", "accelerated"]
+    assert lines[1].startswith("(the model)     Model       other softmax  its logits are not a product")
 
     again = accelerate(model, x)
     assert again.accelerated == ["slot_attention"]
