@@ -109,6 +109,7 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
             back, to the bit, also when one raises: parameters, buffers, gradients, attributes and what is in them,
             random number generators, what hooks and methods refer to (see acceleration/state.py). A copy of all tensors
             that the model holds is kept meanwhile in main memory.
+            What torch.compile warns of or logs while it traces is not shown, nor are the trials' own warnings.
 
     Returns:
         A `Report`; without an example it is filled when the model is first called.

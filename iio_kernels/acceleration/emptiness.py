@@ -6,7 +6,7 @@ A softmax over slots of which all are masked with -inf is NaN, and so is a mean 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ class Empty(NamedTuple):
     operands: tuple[str, ...]
     """Those to which the gradient is NaN then."""
 
-    def applied(
-        self, U: Tensor, A: Tensor, given: dict[str, Tensor], joint_heads: bool
-    ) -> tuple[Tensor, Tensor]:
+    def applied(self, U: Tensor, A: Tensor, given: dict[str, Any], joint_heads: bool) -> tuple[Tensor, Tensor]:
         """The update (..., K, D) and the attention (..., K, N) with NaN there; masks (..., K) or (..., N), True = takes
         part, and operands with the same leading dimensions, or of size 1."""
         leading = given[self.mask].dim() - 1
@@ -34,11 +32,11 @@ class Empty(NamedTuple):
         nan = times = torch.where(empty, torch.nan, 0.0).to(U.dtype)
         # Keys have a gradient of 0 times the queries, which an earlier iteration may have made NaN.
         times_q = torch.where(empty, 0 * _sums(given["q"].detach(), leading), 0.0).to(U.dtype)
-        for name in given.keys() - {"slot_mask", "input_mask"}:
-            if name in self.operands:
-                nan = nan + times * _sums(given[name], leading)
-            elif name in ("k", "x", "wk", "bk"):
-                nan = nan + times_q * _sums(given[name], leading)
+        for name, x in given.items():
+            if x is not None and name in self.operands:
+                nan = nan + times * _sums(x, leading)
+            elif x is not None and name in ("k", "x", "wk", "bk"):
+                nan = nan + times_q * _sums(x, leading)
         U = torch.where(empty, nan, U)
         return U, A.masked_fill(empty, torch.nan) if self.attention else A
 

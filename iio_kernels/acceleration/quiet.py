@@ -53,6 +53,8 @@ def quiet_traces() -> Iterator[None]:
         yield
     finally:
         _call.ours = before
+        if not before:
+            _ends()  # where another thread's trace ended last
 
 
 def _starts(_: Any) -> None:
@@ -61,7 +63,7 @@ def _starts(_: Any) -> None:
         _call.trace.enter_context(quiet())
 
 
-def _ends(_: Any) -> None:
+def _ends(_: Any = None) -> None:
     if _call.trace is not None:
         _call.trace.close()
         _call.trace = None

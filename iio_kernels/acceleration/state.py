@@ -216,7 +216,7 @@ class _Kept:
         of = x.__globals__
         for name in _names(x.__code__) & of.keys():
             value = of[name]
-            self.undo.append(functools.partial(of.__setitem__, name, value))
+            self.undo.append(functools.partial(_set_global, of, name, value))
             # Functions lead on within their file. Classes and other objects might lead anywhere.
             if isinstance(value, DATA) or (isinstance(value, types.FunctionType) and value.__globals__ is of):
                 self.left.append(value)
@@ -298,6 +298,11 @@ def _or_absent(get: Callable[[], Any]) -> Any:
         return get()
     except (AttributeError, ValueError):  # a slot or a cell without anything in it
         return ABSENT
+
+
+def _set_global(of: dict[str, Any], name: str, value: Any) -> None:
+    if of.get(name, ABSENT) is not value:
+        of[name] = value
 
 
 def _identities(items: list[Any], pairs: bool) -> list[Any]:
