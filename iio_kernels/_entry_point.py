@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ class _Distribution(importlib.metadata.Distribution):
     def read_text(self, filename: str) -> str | None:
         return FILES.get(filename)
 
-    def locate_file(self, path: str) -> Path:
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
         return Path(__file__).parent.parent / path
 
 

@@ -307,7 +307,7 @@ def _dying(replaced: set[Node], sources: Sequence[Source]) -> set[Node]:
         # Nobody reads what a write returns; it is needed if anything else lies in the memory that it writes to, such as
         # a parameter of which the graph has but views.
         alive = {_memory(node) for node in graph.nodes if node not in dying and isinstance(example(node), Tensor)}
-        needed = {node for node in writes & dying if _memory(written_by(node)) in alive}
+        needed = {node for node in writes & dying if (target := written_by(node)) and _memory(target) in alive}
         if not needed:
             return dying
         writes -= needed
@@ -359,13 +359,14 @@ def _nans(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -
     """What the graph makes NaN of where masks leave nothing."""
     found = []
     for mask in call.taking_part:
-        (U, A, *gradients), _ = _both(graph, update, call, sources, mask)
+        theirs, _ = _both(graph, update, call, sources, mask)
+        U, A, *gradients = theirs
         by_node = dict(zip(_leaves(call, sources), gradients, strict=True))
         operands = []
         for operand, source in zip(call.operands, sources, strict=True):
             if operand.name not in call.taking_part:
                 gradient = by_node[source.node]
-                if (gradient if source.index is None else gradient[source.index]).isnan().any():
+                if (gradient if source.part is None else gradient[source.part]).isnan().any():
                     operands.append(operand.name)
         if U.isnan().any():
             found.append(Empty(mask, A is not None and bool(A.isnan().any()), tuple(operands)))
@@ -374,7 +375,7 @@ def _nans(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -
 
 def _leaves(call: Call, sources: Sequence[Source]) -> list[Node]:
     """The nodes to which there are gradients."""
-    leaves = {}
+    leaves: dict[Node, None] = {}
     for operand, (node, _, scales) in zip(call.operands, sources, strict=True):
         if operand.name not in call.taking_part:
             leaves[node] = None
@@ -382,7 +383,8 @@ def _leaves(call: Call, sources: Sequence[Source]) -> list[Node]:
     return list(leaves)
 
 
-Results = list["Tensor | None"]
+Results = list[Any]
+"""Tensors, of which the second may be None."""
 
 
 def _both(

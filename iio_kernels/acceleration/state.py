@@ -160,7 +160,9 @@ class _Kept:
 
         self.undo.append(undo)
 
-    def _keep_container(self, x: dict | list | set | collections.deque) -> None:
+    def _keep_container(self, x: Any) -> None:
+        """What is in a dict, list, set or deque."""
+        of: Any
         # By the methods of Python's own class: those of a subclass may do something else besides.
         of = next(kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(x, kind))
         pairs = issubclass(of, dict)
@@ -182,7 +184,7 @@ class _Kept:
             self._find_hooks(attributes)
             self.left.append(attributes)
         for name in {name for cls in type(x).__mro__ for name in _slots(cls)}:
-            self._keep_value(lambda name=name: getattr(x, name), lambda value, name=name: setattr(x, name, value))
+            self._keep_value(functools.partial(getattr, x, name), functools.partial(setattr, x, name))
         # A lazy module becomes another, and its parameters with it.
         self._keep_value(lambda: type(x), lambda kind: object.__setattr__(x, "__class__", kind))
 
