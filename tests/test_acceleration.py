@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import pickle
 import random
+import re
 import weakref
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from asserting import Asserts, AssertsNot, AssertsWithout, Iterations, Raises
 from families import FAMILIES, OUTSIDE, SMALL, Genera1Z, Locatello, SlotFormer, inputs_of, slots_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -222,19 +224,235 @@ def epsilon_before_the_mask(q, k, v):
     return A / A.sum(-1, keepdim=True) @ v
 
 
+def at_least(q, k, v):
+    """Some slots have more than 2.3 of the seven inputs, and some less."""
+    A = (q @ k.mT).softmax(1)
+    return A / A.sum(-1, keepdim=True).clamp(min=2.3) @ v
+
+
+def at_least_afterwards(q, k, v):
+    A = (q @ k.mT).softmax(1)
+    total = A.sum(-1)
+    total.clamp_min_(2.3)
+    return torch.bmm(A, v) / (total + 0.1).unsqueeze(-1)
+
+
+def the_larger(q, k, v):
+    A = (q @ k.mT).softmax(1) + 1e-2
+    total = A.sum(-1, keepdim=True)
+    return A / torch.maximum(total, torch.full_like(total, 2.3)) @ v
+
+
+def by_bounded_norm(q, k, v):
+    return F.normalize((q @ k.mT).softmax(1), p=1, dim=-1, eps=2.3) @ v
+
+
+def times_the_inverse(q, k, v):
+    A = (q @ k.mT).softmax(1)
+    return A * (1 / (torch.norm(A, p=1, dim=-1, keepdim=True) + 1e-8)) @ v
+
+
+def two_epsilons(q, k, v):
+    A = (q @ k.mT).softmax(1) + 1e-3
+    return A / (torch.einsum("bsn->bs", A)[..., None] + 1e-3) @ v
+
+
+def masked_inputs_at_least(q, k, v):
+    keep = torch.ones(k.shape[:2], dtype=torch.bool, device=q.device)
+    keep[0, 3:] = False
+    A = (q @ k.mT).softmax(1) * keep.float().unsqueeze(1)
+    return A / A.sum(-1, keepdim=True).clip(min=1e-2) @ v
+
+
+def exponentials(q, k, v):
+    weights = torch.exp(k @ q.mT)
+    A = weights / weights.sum(-1, keepdim=True) + 1e-8
+    return (A / A.sum(1, keepdim=True)).mT @ v
+
+
+def exponentials_twice_less_the_largest(q, k, v):
+    logits = q @ k.mT
+    logits = logits - logits.max(dim=1, keepdim=True).values
+    A = logits.exp() / torch.sum(logits.exp(), dim=1, keepdim=True)
+    return A / (A.sum(-1, keepdim=True) + 1e-8) @ v
+
+
+def exponentials_in_place(q, k, v):
+    logits = q @ k.mT
+    logits -= logits.detach().amax(1, keepdim=True)
+    A = logits.exp_()
+    A = A.div(A.sum(1).unsqueeze(1)) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def masked_exponentials(q, k, v):
+    keep = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    keep[0, 1] = False
+    weights = (q @ k.mT).exp() * keep.unsqueeze(-1)
+    A = weights / weights.sum(1, keepdim=True)
+    return A / (A.sum(-1, keepdim=True) + 1e-8) @ v
+
+
+def exponential_of_log_softmax(q, k, v):
+    A = F.log_softmax(q @ k.mT, dim=1).exp() + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def less_logsumexp(q, k, v):
+    logits = q @ k.mT
+    A = torch.exp(logits - torch.logsumexp(logits, 1, keepdim=True)) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def softmin(q, k, v):
+    A = F.softmin(-(q @ k.mT), dim=1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def kept(q):
+    """A mask of 0 and 1 in which a slot is left out."""
+    keep = torch.ones(q.shape[:2], device=q.device, dtype=q.dtype)
+    keep[0, 1] = 0
+    return keep
+
+
+def mask_added(q, k, v):
+    A = (q @ k.mT + (1 - kept(q)).unsqueeze(-1) * -1e9).softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def infinite_mask_added(q, k, v):
+    low = torch.zeros_like(q[..., 0]).masked_fill(kept(q) == 0, -torch.inf)
+    A = (low[:, None] + k @ q.mT).mul(0.4).softmax(-1) + 1e-8
+    return (A / A.sum(1, keepdim=True)).mT @ v
+
+
+def logarithm_of_a_mask_added(q, k, v):
+    A = torch.baddbmm(torch.log(kept(q) + 1e-6).unsqueeze(-1), q, k.mT, alpha=0.4).softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def mask_subtracted(q, k, v):
+    A = ((q @ k.mT - 1e9 * (1 - kept(q))[..., None]) / 1.7).softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def finite_fill(q, k, v):
+    logits = q @ k.mT
+    A = logits.masked_fill(kept(q)[..., None] == 0, torch.finfo(logits.dtype).min).softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def finite_where(q, k, v):
+    logits = q @ k.mT
+    A = torch.where(kept(q)[..., None] > 0, logits, -9e15 * torch.ones_like(logits)).softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def finite_fill_by_index(q, k, v):
+    logits = q @ k.mT * 0.4
+    logits[kept(q) == 0] = -1e9
+    A = logits.softmax(1) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def without_effect(q, k, v):
+    A = F.dropout(F.dropout(q @ k.mT, 0.5, training=False).softmax(1), p=0.0) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def kept_to_show(q, k, v):
+    A = (q @ k.mT).softmax(1)
+    shown = A.detach().cpu(), -(A * A.log()).sum(1).mean().detach()
+    A = A + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v + 0 * shown[0].mean() + 0 * shown[1]
+
+
+def background(q, k, v):
+    """A first query of another kind competes, and each kind is averaged by itself."""
+    logits = torch.cat([0.3 * q[:, :1].square() @ k.mT, q @ k.mT], dim=1)
+    A = logits.softmax(1) + 1e-8
+    A0, A1 = A[:, :1], A[:, 1:]
+    return torch.cat([A0 / A0.sum(-1, keepdim=True) @ v, A1 / A1.sum(-1, keepdim=True) @ v], 1)
+
+
+def background_without_a_mean(q, k, v):
+    logits = torch.cat((k @ q[:, :1].square().mT, k @ q.mT), dim=-1) * 0.4
+    return logits.softmax(-1)[..., 1:].mT @ v
+
+
+def background_of_weights(q, k, v):
+    A = torch.cat([q[:, :2].square() @ k.mT, q @ k.mT], 1).softmax(dim=1)
+    W = A / (A.sum(-1, keepdim=True) + 1e-5)
+    W0, W1 = W.split([2, q.shape[1]], dim=1)
+    return torch.cat([W1 @ v, W0 @ v, A.mean(-1, keepdim=True) * v[:, :1]], 1)
+
+
+def numbers_of_numpy(q, k, v):
+    A = (q @ k.mT / np.sqrt(q.shape[-1]) * np.float32(0.7)).softmax(1) + 1e-8
+    return A.reshape(int(np.prod(A.shape[:2])), -1).view_as(A) / A.sum(-1, keepdim=True) @ v
+
+
 SPELLINGS = (
     split_last, divided_afterwards, sums_of_products, in_place, many_axes, heads_compete, summed_only, by_norm,
-    masked_logits, masked_inputs, epsilon_before_the_mask,
+    masked_logits, masked_inputs, epsilon_before_the_mask, at_least, at_least_afterwards, the_larger, by_bounded_norm,
+    times_the_inverse, two_epsilons, masked_inputs_at_least, exponentials, exponentials_twice_less_the_largest,
+    exponentials_in_place, masked_exponentials, exponential_of_log_softmax, less_logsumexp, softmin, mask_added,
+    infinite_mask_added, logarithm_of_a_mask_added, mask_subtracted, finite_fill, finite_where, finite_fill_by_index,
+    without_effect, kept_to_show, background, background_without_a_mean, background_of_weights, numbers_of_numpy,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("attend", SPELLINGS, ids=lambda f: f.__name__)
-def test_spellings(attend: Callable[..., Tensor]):
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_spellings(attend: Callable[..., Tensor], precision: str):
     model, args = Step(attend), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
-    report = accelerate(model, *args)
-    assert report.accelerated == [""], str(report)
-    assert "slot_attention_from_inputs" in report.entries[0].what
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        report = accelerate(model, *args)
+        assert report.accelerated == [""], str(report)
+        assert report.entries[0].what.startswith("1 x slot_attention_from_inputs")
+        assert_same(model, args, {}, 2**-8 if precision == "autocast" else 2**-23)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [at_least, masked_inputs_at_least, mask_added, infinite_mask_added, finite_fill, background, background_of_weights],
+    ids=lambda f: f.__name__,
+)
+def test_spellings_on_triton(attend: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch):
+    """The kernels of a GPU in Triton's interpreter."""
+    if _backends.BACKENDS["triton"].refuses(torch.device("cpu")) is not None:
+        pytest.skip("Triton's interpreter is off")
+    monkeypatch.setattr(_backends, "choose", lambda *_: "triton")
+    model, args = Step(attend), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    model.forward = Accelerated(model)
     assert_same(model, args, {}, 2**-23)
+
+
+@pytest.mark.parametrize(
+    ("way", "low"),
+    [("added", -1e9), ("added", torch.finfo(torch.float32).min), ("added", -math.inf), ("filled", -1e9),
+     ("filled", torch.finfo(torch.float32).min), ("filled", -math.inf)],
+)  # fmt: skip
+def test_an_image_without_slots(low: float, way: str):
+    """What the module does where all slots of an image are masked: the values' mean, or NaN."""
+
+    class Masked(Step):
+        def forward(self, x: Tensor, slots: Tensor, out: Tensor) -> Tensor:
+            logits = self.to_q(slots) @ self.to_k(x).mT
+            if way == "added":
+                logits = logits + torch.zeros(out.shape).masked_fill(out, low).unsqueeze(-1)
+            else:
+                logits = logits.masked_fill(out.unsqueeze(-1), low)
+            A = logits.softmax(1)
+            return A / (A.sum(-1, keepdim=True) + 1e-8) @ self.to_v(x)
+
+    model, out = Masked(None), torch.tensor([[False, True, False], [False, False, True]])
+    plain, args = copy.deepcopy(model), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    assert accelerate(model, *args, out).accelerated == [""]
+    out[1] = True
+    for a, b in zip(results(model, (*args, out), {}), results(plain, (*args, out), {}), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -316,14 +534,12 @@ def normalized_over_slots(q, k, v):
     return A / A.sum(1, keepdim=True) @ v
 
 
-def two_epsilons(q, k, v):
-    A = (q @ k.mT).softmax(1) + 1e-3
-    return A / (A.sum(-1, keepdim=True) + 1e-3) @ v
-
-
 def dropped_out(q, k, v):
-    A = F.dropout((q @ k.mT).softmax(1), 0.5) + 1e-8
-    return A / A.sum(-1, keepdim=True) @ v
+    """A copy is kept to be shown, which is no reason."""
+    A = (q @ k.mT).softmax(1)
+    shown = A.detach().cpu()
+    A = F.dropout(A, 0.5) + 1e-8
+    return A / A.sum(-1, keepdim=True) @ v + 0 * shown.mean()
 
 
 def biased(q, k, v):
@@ -342,9 +558,22 @@ def keys_overwritten(q, k, v):
     return A / A.sum(-1, keepdim=True) @ v + k.sum()
 
 
-def bounded_too_high(q, k, v):
-    A = (q @ k.mT).softmax(1)
-    return A / A.sum(-1, keepdim=True).clamp(min=3.0) @ v
+def masked_by_inputs(q, k, v):
+    padding = torch.zeros(k.shape[:2], device=q.device)
+    padding[0, 3:] = -1e9
+    A = (q @ k.mT + padding[:, None]).softmax(1)
+    return A / A.sum(-1, keepdim=True) @ v
+
+
+def of_two_keys(q, k, v):
+    A = torch.cat([q @ k.square().mT, q @ k.mT], 1).softmax(1) + 1e-8
+    return (A / A.sum(-1, keepdim=True))[:, 3:] @ v
+
+
+def other_divisor(q, k, v):
+    weights = (q @ k.mT).exp()
+    A = weights / (weights.sum(1, keepdim=True) + 1e-3)
+    return A / A.sum(-1, keepdim=True) @ v
 
 
 def without_gradient(q, k, v):
@@ -374,14 +603,15 @@ OTHERS = {
     partly_without_gradient: "a part of it alone",
     over_inputs: "goes through 'sum'",
     normalized_over_slots: "goes through 'sum'",
-    two_epsilons: "more than one place",
-    dropped_out: "goes through 'dropout'",
-    biased: "not a product of two tensors times a number",
+    dropped_out: "its attention goes through 'dropout'",
+    biased: "what is added to its logits differs from input to input",
+    masked_by_inputs: "what is added to its logits differs from input to input",
     multiplied: "goes through 'mul'",
-    bounded_too_high: "goes through 'clamp'",
     without_gradient: "goes through 'detach'",
     values_of_slots: "",
-    twice: "not a product of two tensors",
+    twice: "its logits go through 'softmax'",
+    of_two_keys: "its logits go through 'cat'",
+    other_divisor: "its exponentials are not divided by their sum",
 }
 
 
@@ -920,19 +1150,140 @@ def test_weights_made_in_a_module_of_their_own():
     assert "from_inputs" in report.entries[0].what
 
 
-def test_what_cannot_be_traced_says_so():
-    class Until(Step):
+@pytest.mark.parametrize("kind", [Asserts, AssertsNot, AssertsWithout, Raises])
+def test_assertions_in_the_loop(kind: type[Iterations]):
+    """They stay in, and the trace is one."""
+    model, args = kind(), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    report = accelerate(model, *args)
+    assert report.entries[0].what.startswith("3 x slot_attention_from_inputs"), str(report)
+    assert_same(model, args, {}, 2**-23)
+    accelerate(model, *args)
+    with pytest.raises(AssertionError, match="NaN in iteration 0"):
+        model(args[0], args[1] * float("nan"))
+
+
+class PrintsANumber(Iterations):
+    def between(self, i: int, slots: Tensor) -> None:
+        self.last = slots.mean().item()
+
+
+class EndsByATensor(Iterations):
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        for _ in range(3):
+            slots = slots + split_last(self.to_q(slots), self.to_k(x), self.to_v(x))
+            if slots.norm() < 0:
+                break
+        return slots
+
+
+@pytest.mark.parametrize("kind", [PrintsANumber, EndsByATensor])
+def test_loops_that_are_traced_in_pieces(kind: type[Iterations]):
+    model, args = kind(), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    report = accelerate(model, *args)
+    assert report.accelerated == [""], str(report)
+    assert sum(map(int, re.findall(r"(\d+) x slot_attention", report.entries[0].what))) == 3
+    assert_same(model, args, {}, 2**-23)
+
+
+def test_other_modules_reasons_are_not_taken():
+    """An attention inside, to a memory, which counts by NumPy."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, slots: Tensor) -> Tensor:
+            rows = slots.reshape(int(np.prod(slots.shape[:-1])), -1)
+            return ((rows @ self.keys.T).softmax(-1) @ self.keys).view(slots.shape)
+
+    class Outer(Iterations):
+        def __init__(self, attend: Callable) -> None:
+            super().__init__()
+            self.attend, self.memory = attend, Memory()
+
         def forward(self, x: Tensor, slots: Tensor) -> Tensor:
             for _ in range(3):
-                A = (self.to_q(slots) @ self.to_k(x).mT).softmax(1)
-                updates = A / A.sum(-1, keepdim=True) @ self.to_v(x)
-                if updates.norm() < 0:
-                    break
-            return updates
+                slots = self.memory(slots)
+                slots = slots + self.attend(self.to_q(slots), self.to_k(x), self.to_v(x))
+            return slots
 
-    report = accelerate(Until(split_last), torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    args = torch.randn(2, 7, 10), torch.randn(2, 3, 8)
+    outer, memory = accelerate(Outer(split_last), *args).entries
+    assert outer.accelerated
+    assert outer.what.startswith("3 x slot_attention_from_inputs")
+    assert "ordinary attention" in memory.what
+    outer, memory = accelerate(Outer(dropped_out), *args).entries
+    assert outer.what == "its attention goes through 'dropout', which is not known there"
+    assert "ordinary attention" in memory.what
+
+
+@pytest.mark.parametrize("view", [lambda x, like: x.view_as(like), lambda x, like: x.reshape_as(like)])
+def test_slots_are_queries(view: Callable):
+    class Means(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRUCell(8, 8)
+
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            for _ in range(3):
+                updates = split_last(slots, x, x)
+                slots = view(self.gru(updates.flatten(0, 1), slots.flatten(0, 1)), slots)
+            return slots
+
+    model, args = Means(), (torch.randn(2, 7, 8), torch.randn(2, 3, 8))
+    report = accelerate(model, *args)
+    assert report.entries[0].what.startswith("3 x slot_attention ("), str(report)
+    assert_same(model, args, {}, 2**-23)
+
+
+def test_what_is_left_of_a_module_is_told():
+    """One of three iterations replaced, and why the others are not."""
+
+    class Partly(Step):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            q, k, v = self.to_q(slots), self.to_k(x), self.to_v(x)
+            return dropped_out(q, k, v) + split_last(q, k, v) + ordinary(q, k, v)
+
+    report = accelerate(Partly(None), torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    what = report.entries[0].what
+    assert what.startswith("1 of 3: 1 x slot_attention_from_inputs"), what
+    assert "the others: its attention goes through 'dropout'" in what
+    assert "ordinary attention" in what
+
+
+def test_what_cannot_be_traced_says_where():
+    class Shows(Step):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            A = (self.to_q(slots) @ self.to_k(x).mT).softmax(1)
+            self.shown = A.detach().tolist()
+            return A / A.sum(-1, keepdim=True) @ self.to_v(x)
+
+    report = accelerate(Shows(None), torch.randn(2, 7, 10), torch.randn(2, 3, 8))
     assert report.accelerated == []
-    assert "cannot trace its softmax" in str(report)
+    line = Shows.forward.__code__.co_firstlineno + 2
+    assert f"torch.compile stops at {__file__}:{line}: " in report.entries[0].what
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_slot_attention_says_so():
+    class Scripted(nn.Module):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            A = (slots @ x.mT).softmax(1) + 1e-8
+            return A / A.sum(-1, keepdim=True) @ x
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(Scripted())
+
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            return self.inner(x, slots)
+
+    for model, path in ((torch.jit.script(Scripted()), ""), (Holds(), "inner")):
+        (entry,) = accelerate(model, torch.randn(2, 7, 8), torch.randn(2, 3, 8)).entries
+        assert (entry.path, entry.kind, entry.accelerated) == (path, "Scripted", False)
+        assert "ScriptModule" in entry.what
 
 
 def test_bad_arguments_are_named():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from iio_kernels.acceleration.quiet import quiet, quiet_traces
-from iio_kernels.acceleration.recognition import ESCAPES
+from iio_kernels.acceleration.recognition import ESCAPES, OTHERWISE, TORCH, Reason
+from iio_kernels.acceleration.rewriting import counted
 from iio_kernels.acceleration.state import as_before
+from iio_kernels.acceleration.tracing import CheckFailed, our_rules
 
 #: How many of a module's ancestors are tried where it is given keys and values, for the one that makes them.
 LEVELS = 2
@@ -84,9 +90,11 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Find the slot attention in a model, prove for each module that ours is the same, and put it in its place.
 
     A module is recognised by what it computes, not by its name: softmax over slots of the products of queries with
-    keys, perhaps in heads, with an epsilon or two, normalised over inputs, times values; in any order of dimensions
-    and any spelling. Where keys and values are linear in one input, they are not made any more
-    (`slot_attention_from_inputs`). Everything else in the module stays its own code: GRU, MLP, noise, control flow.
+    keys, perhaps in heads, masked or biased by slot, of several kinds of queries, written as `softmax`, by exponentials
+    or logarithms; with an epsilon or two, normalised over inputs or by a sum bounded from below, times values; in any
+    order of dimensions. (Where exponentials overflow, the module's own code gives NaN, and ours the softmax.) Where
+    keys and values are linear in one input, they are not made any more (`slot_attention_from_inputs`). Everything else
+    in the module stays its own code: GRU, MLP, noise, control flow.
 
     The module's `forward` is traced by torch.compile with a compiler that replaces slot attention and nothing else;
     torch.compile's guards trace it again where anything that it depends on has changed (a shape, a number of
@@ -98,8 +106,13 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     - each module, on the example: outputs and gradients against the module's own, to what changing the last bits of
       its inputs and parameters changes.
 
-    What cannot be proved is left alone, and the report says why. (Later traces, of other shapes or modes, and those of
-    `backend="iio_kernels"` have the first proof alone.)
+    What cannot be proved is left alone, and the report says why; if only some of a module's softmaxes are replaced, how
+    many, and why not the others. (Later traces, of other shapes or modes, and those of `backend="iio_kernels"` have the
+    first proof alone.)
+
+    Assertions about tensors, an `if` that raises and NumPy's functions of shapes do not stop the tracer; should an
+    assertion fail, the module's own code is run, and raises. Where the tracer stops inside a loop, at `.item()` say, it
+    goes on behind that place. Where that leaves a softmax without its mean, the report gives the file and line.
 
     Args:
         model: any module, changed in place. Calling this again takes up what has been added to it.
@@ -207,7 +220,7 @@ class Accelerated:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.own = module.__dict__.get("forward")
-        self.log: list[tuple[list[str], list[str]]] = []
+        self.log: list[tuple[list[str], list[Reason]]] = []
         self._traced: Callable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,11 +230,10 @@ class Accelerated:
         if self._traced is None:
             self._traced = torch.compile(_with_cache_of_its_own(self.plain), backend=_Compiler(self.log))
         try:
-            # Traced, NumPy's random numbers would be torch's.
-            with torch._dynamo.config.patch(trace_numpy=False), quiet_traces():
+            with our_rules(), quiet_traces():
                 return self._traced(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException:
-            # It cannot be traced: the module's own code says what is wrong, or runs.
+        except (torch._dynamo.exc.TorchDynamoException, CheckFailed):
+            # It cannot be traced, or an assertion fails: the module's own code says what is wrong, or runs.
             return self.plain(*args, **kwargs)
 
     @property
@@ -242,7 +254,7 @@ class Accelerated:
 class _Compiler:
     """The backend of one module's traces. torch.compile keeps it for ever, so it knows nothing of the module."""
 
-    def __init__(self, log: list[tuple[list[str], list[str]]]) -> None:
+    def __init__(self, log: list[tuple[list[str], list[Reason]]]) -> None:
         self.log = log
 
     def __call__(self, module: torch.fx.GraphModule, _: list[Any]) -> Callable:
@@ -271,7 +283,7 @@ def _with_cache_of_its_own(forward: Any) -> Callable:
     return types.MethodType(own, forward.__self__)
 
 
-def _rewritten(module: torch.fx.GraphModule, log: list[tuple[list[str], list[str]]]) -> torch.fx.GraphModule:
+def _rewritten(module: torch.fx.GraphModule, log: list[tuple[list[str], list[Reason]]]) -> torch.fx.GraphModule:
     """A graph with its slot attention replaced, what and why not appended to `log`."""
     from iio_kernels.acceleration.rewriting import rewrite
 
@@ -283,9 +295,9 @@ def _rewritten(module: torch.fx.GraphModule, log: list[tuple[list[str], list[str
             calls, reasons = rewrite(graph)
     except Exception as error:  # whatever it is, the module's own code is right
         warnings.warn(f"iio_kernels: slot attention is left as it is, since {error!r}", stacklevel=2)
-        calls, reasons = [], [repr(error)]
+        calls, reasons = [], [Reason(repr(error), None)]
     log.append(([str(call) for call in calls], reasons))
-    logging.getLogger("iio_kernels").info("replaced: %s; left alone: %s", *log[-1])
+    logging.getLogger("iio_kernels").info("replaced: %s; left alone: %s", log[-1][0], [why.text for why in reasons])
     return torch.fx.GraphModule(module, graph) if calls else module
 
 
@@ -298,7 +310,7 @@ def _accelerate(model: nn.Module, args: tuple, kwargs: dict, report: Report) -> 
         with torch.no_grad(), watch:
             model(*args, **kwargs)
         # From the inside out: a module is traced without those inside it that are accelerated.
-        for stack in sorted(watch.stacks, key=len, reverse=True):
+        for stack in sorted(watch.softmaxes, key=len, reverse=True):
             if taken.isdisjoint(stack):
                 with _opaque(taken):
                     fast, entry = _best(stack, watch, paths)
@@ -315,13 +327,13 @@ def _accelerate(model: nn.Module, args: tuple, kwargs: dict, report: Report) -> 
 
 def _best(stack: tuple[nn.Module, ...], watch: _Watch, paths: dict[nn.Module, str]) -> tuple[Accelerated, Entry]:
     """Of the module that takes a softmax and those around it, the one to replace: that which makes keys and values."""
+    if isinstance(stack[-1], torch.jit.ScriptModule):
+        path, kind = paths[stack[-1]], stack[-1].original_name
+        return Accelerated(stack[-1]), Entry(path, kind, accelerated=False, what=SCRIPTED)
     best: tuple[Accelerated, Entry] | None = None
     for module in stack[: -2 - LEVELS : -1]:
         fast = Accelerated(module)
-        entry = _tried(fast, paths[module], *watch.calls[module])
-        if not entry.what:
-            softmax = any(name.startswith(("_softmax", "_safe_softmax")) for name in watch.stacks[stack])
-            entry.what = UNSEEN if softmax else "it normalises by other means than a softmax"
+        entry = _tried(fast, paths[module], watch.softmaxes[stack], *watch.calls[module])
         if best is None or (entry.accelerated and ("_from_inputs" in entry.what or not best[1].accelerated)):
             best = fast, entry
         if "_from_inputs" in entry.what or not (entry.accelerated or ESCAPES in entry.what):
@@ -330,29 +342,57 @@ def _best(stack: tuple[nn.Module, ...], watch: _Watch, paths: dict[nn.Module, st
     return best
 
 
-#: What is said where torch.compile runs the code around a softmax, or all of it, as it is.
-UNSEEN = "torch.compile cannot trace its softmax: TORCH_LOGS=graph_breaks says why"
+#: Why a ScriptModule is left alone.
+SCRIPTED = "it is a ScriptModule, whose code torch.compile cannot trace: accelerate the module before torch.jit.script"
 
 
-def _tried(fast: Accelerated, path: str, args: tuple, kwargs: dict) -> Entry:
+#: What is said where torch.compile runs the code around a softmax as it is, and would trace it as a whole.
+UNSAID = "torch.compile runs its softmax as it is, and does not say why"
+
+
+def _tried(fast: Accelerated, path: str, softmaxes: _Softmaxes, args: tuple, kwargs: dict) -> Entry:
     module = fast.module
     left = Entry(path, type(module).__name__, accelerated=False, what="")
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), counted() as made:
             difference = _difference(module, fast.plain, fast, args, kwargs)
     except Exception as error:  # whatever it is, the module is left as it was, with the reason in the report
         left.what = f"it could not be traced: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         return left
-    done = [call for calls, _ in fast.log for call in calls]
-    reasons = dict.fromkeys(reason for _, reasons in fast.log for reason in reasons)
+    # What became of other modules' softmaxes, inside this one, is not said of its own.
+    done: Counter[str] = Counter()
+    for call, times in made.items():
+        done[str(call)] += times if softmaxes.holds(call.place) else 0
+    whys = [why for _, reasons in fast.log for why in reasons if softmaxes.holds(why.place)]
+    reasons = list(dict.fromkeys(why.text for why in whys))
+    missed = softmaxes.times[module] - done.total()
+    if (missed > 0 and (not reasons or ESCAPES in reasons)) or not (done.total() or reasons):
+        stop = _stop(fast, args, kwargs)
+        reasons = [*reasons, *([stop] if stop else [])] or [UNSAID if softmaxes.times[module] else OTHERWISE]
     left.what = "; ".join(reasons)
-    if not done:
+    if not done.total():
         return left
     if not difference < 1:
         left.what = f"outputs or gradients differ by {difference:.2g} times rounding"
         return left
-    counted = ", ".join(f"{done.count(call)} x {call}" for call in dict.fromkeys(done))
-    return Entry(path, type(module).__name__, True, counted, difference)
+    what = ", ".join(f"{times} x {call}" for call, times in done.items() if times)
+    if missed > 0:
+        what = f"{done.total()} of {softmaxes.times[module]}: {what}; the others: {left.what}"
+    return Entry(path, type(module).__name__, True, what, difference)
+
+
+def _stop(fast: Accelerated, args: tuple, kwargs: dict) -> str | None:
+    """Where in a module's code torch.compile stops, and at what."""
+    try:
+        with as_before(fast.module, args, kwargs), torch.inference_mode(False), our_rules():
+            torch.compile(_with_cache_of_its_own(fast.plain), backend="eager", fullgraph=True)(*args, **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith(TORCH)]
+        at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a place it does not name"
+        return f"torch.compile stops at {at}: {str(error).strip().splitlines()[0]}"
+    except Exception:  # of the module's own, which it raises at other times
+        return None
+    return None
 
 
 #: How many times what the last bits change a replacement may change.
@@ -439,6 +479,24 @@ def _opaque(modules: set[nn.Module]) -> Iterator[None]:
             module.forward = forward
 
 
+@dataclass
+class _Softmaxes:
+    """The softmaxes that one module takes."""
+
+    codes: set[types.CodeType] = field(default_factory=set)
+    """The functions that take them."""
+    times: Counter[nn.Module] = field(default_factory=Counter)
+    """How many, in the first call of it and of each module around it."""
+
+    def holds(self, place: tuple[str, int] | None) -> bool:
+        """Whether a file and line belong to them."""
+        return place is None or any(
+            code.co_filename == place[0]
+            and code.co_firstlineno <= place[1] <= max(line or 0 for _, _, line in code.co_lines())
+            for code in self.codes
+        )
+
+
 class _Watch(TorchDispatchMode):
     """While a model runs, sees which modules normalise by exponentials, in which others, and with what arguments."""
 
@@ -446,16 +504,25 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.stack: list[nn.Module] = []
-        self.stacks: dict[tuple[nn.Module, ...], set[str]] = {}
+        self.softmaxes: dict[tuple[nn.Module, ...], _Softmaxes] = {}
         self.calls: dict[nn.Module, tuple[tuple, dict]] = {}
+        self.first: set[nn.Module] = set()
+        self.exponentials, self.sums, self.logarithms = (WeakTensorKeyDictionary() for _ in range(3))
 
     def __enter__(self) -> _Watch:
         def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.stack.append(module)
-            self.calls.setdefault(module, (args, kwargs))
+            if module not in self.calls:
+                self.calls[module] = args, kwargs
+                self.first.add(module)
 
         def left(module: nn.Module, *_: Any) -> None:
             self.stack.remove(module)
+            if module not in self.stack:
+                self.first.discard(module)
+
+        # ScriptModules have no hooks of their own.
+        scripted = {module for module in self.model.modules() if isinstance(module, torch.jit.ScriptModule)}
 
         self.hooks = [
             hook
@@ -466,6 +533,11 @@ class _Watch(TorchDispatchMode):
                 module.register_forward_hook(left, always_call=True),
             )
         ]
+        if scripted:
+            self.hooks += [
+                register_module_forward_pre_hook(lambda m, args: entered(m, args, {}) if m in scripted else None),
+                register_module_forward_hook(lambda m, *_: left(m) if m in scripted else None, always_call=True),
+            ]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -474,6 +546,42 @@ class _Watch(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if self.stack and ("softmax" in func.__name__ or "logsumexp" in func.__name__):
-            self.stacks.setdefault(tuple(self.stack), set()).add(func.__name__)
-        return func(*args, **kwargs or {})
+        out = func(*args, **kwargs or {})
+        name = func.__name__
+        normalises = self._divides(name, args, out) or "softmax" in name or "logsumexp" in name
+        if self.stack and normalises:
+            softmaxes = self.softmaxes.setdefault(tuple(self.stack), _Softmaxes())
+            softmaxes.codes.add(_calling())
+            if "logsumexp" not in name:
+                softmaxes.times.update(self.first.intersection(self.stack))
+        return out
+
+    def _divides(self, name: str, args: tuple, out: Any) -> bool:
+        """Whether exponentials are divided by their sum, a softmax that is written out; keeps account of both, and of
+        logarithms of softmaxes, whose exponentials are no such thing."""
+        x, by = ([x for x in args if isinstance(x, Tensor)] + [None, None])[:2]
+        if x is None:
+            return False
+        if name.startswith(("_log_softmax", "logsumexp")):
+            self.logarithms[out] = True
+        elif name.startswith(("exp.", "exp_.")):
+            if x not in self.logarithms:
+                self.exponentials[out] = True
+        elif name.startswith("sum.") and x in self.exponentials:
+            self.sums[out] = True
+        elif name.startswith(("div.", "div_.")):
+            return by is not None and x in self.exponentials and by in self.sums
+        elif isinstance(out, Tensor):
+            # Views, sums with epsilon, masks.
+            for account in (self.exponentials, self.sums, self.logarithms):
+                if any(own in account and own.numel() <= out.numel() for own in (x, by) if own is not None):
+                    account[out] = True
+        return False
+
+
+def _calling() -> types.CodeType:
+    """The code of the innermost function that is not torch's, nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith((TORCH, __file__)):
+        frame = frame.f_back
+    return frame.f_code

@@ -6,7 +6,7 @@ A softmax over slots of which all are masked with -inf is NaN, and so is a mean 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ class Empty(NamedTuple):
     operands: tuple[str, ...]
     """Those to which the gradient is NaN then."""
 
-    def applied(self, U: Tensor, A: Tensor, given: dict[str, Any], joint_heads: bool) -> tuple[Tensor, Tensor]:
+    def applied(
+        self, U: Tensor, A: Tensor | None, given: dict[str, Tensor], joint_heads: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The update (..., K, D) and the attention (..., K, N) with NaN there; masks (..., K) or (..., N), True = takes
         part, and operands with the same leading dimensions, or of size 1."""
         leading = given[self.mask].dim() - 1
@@ -33,12 +35,12 @@ class Empty(NamedTuple):
         # Keys have a gradient of 0 times the queries, which an earlier iteration may have made NaN.
         times_q = torch.where(empty, 0 * _sums(given["q"].detach(), leading), 0.0).to(U.dtype)
         for name, x in given.items():
-            if x is not None and name in self.operands:
+            if name in self.operands:
                 nan = nan + times * _sums(x, leading)
-            elif x is not None and name in ("k", "x", "wk", "bk"):
+            elif name in ("k", "x", "wk", "bk"):
                 nan = nan + times_q * _sums(x, leading)
         U = torch.where(empty, nan, U)
-        return U, A.masked_fill(empty, torch.nan) if self.attention else A
+        return U, A if A is None or not self.attention else A.masked_fill(empty, torch.nan)
 
 
 def _sums(x: Tensor, leading: int) -> Tensor:

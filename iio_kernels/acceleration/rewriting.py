@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isnan, prod
+from math import inf, isnan, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +17,25 @@ from torch.fx import Graph, Node, map_arg
 
 from iio_kernels import _backends
 from iio_kernels._autograd import without_autocast
+from iio_kernels._numerics import arithmetic_dtype
 from iio_kernels.acceleration.axes import Axis, Dim, atoms
 from iio_kernels.acceleration.emptiness import Empty
 from iio_kernels.acceleration.recognition import (
     VIEWS,
+    Reason,
     Scale,
     Update,
     Value,
     _memory,
     example,
+    is_same,
     name_of,
+    place_of,
     read,
     written_by,
 )
-from iio_kernels.ops.slot_attention import slot_attention, slot_attention_from_inputs
+from iio_kernels.ops.slot_attention import _attend, _attend_from_inputs
+from iio_kernels.ops.slot_attention.reference import Options
 
 #: How far results and gradients may be apart in float64, of the largest of each: rounding makes 1e-13, and an epsilon
 #: of 1e-8 in another place 1e-8.
@@ -71,27 +79,51 @@ class Operand(NamedTuple):
     name: str
     layout: Layout
     wanted: Layout
+    factor: float = 1.0
+    """What it is multiplied by."""
+
+
+class Result(NamedTuple):
+    """An update: the slots that it has, if not all, how the call makes it, and how it lies in the graph."""
+
+    part: tuple[int, int] | None
+    layout: Layout
+    wanted: Layout
+    dtype: torch.dtype
+
+
+class Mean(NamedTuple):
+    """A mean that is not an option of the operations: the sum of weighted values, divided by a sum of weights plus
+    `eps` that is at least `at_least`."""
+
+    eps: float
+    at_least: float | None
+    eps_if_masked: float
+    """What is added to all weights, those of masked inputs too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of `slot_attention` or `slot_attention_from_inputs` on tensors laid out in any way.
 
-    Called on the operands, it returns the update as the graph had it laid out and the attention, if it is wanted.
-    `eps_if_masked`: masked inputs add nothing but epsilon, which the operations cannot express by themselves.
+    Called on the operands, it returns the updates as the graph had them laid out and the attention, if it is wanted.
+    Operands named "q" follow each other along the slots, and those named "logit_bias" are added to the logits.
     """
 
     operands: tuple[Operand, ...]
     sizes: dict[int, int]
     """Of the axes whose sizes are known; others are taken from a dimension that holds nothing else."""
-    update: tuple[Layout, Layout]
-    attention: tuple[Layout, Layout]
-    dtypes: tuple[torch.dtype, torch.dtype]
-    factor: float
+    updates: tuple[Result, ...]
+    attention: Result
     taking_part: dict[str, bool]
-    eps_if_masked: float | None
+    fill: float
+    """The logits of a masked slot."""
+    factor: float
     options: dict[str, Any]
+    mean: Mean | None
     return_attention: bool
+    place: tuple[str, int] | None
+    """The file and line of its softmax."""
     empty: tuple[Empty, ...] = ()
     """What becomes NaN where masks leave nothing."""
 
@@ -99,28 +131,64 @@ class Call:
 
     @property
     def from_inputs(self) -> bool:
-        return self.operands[1].name == "x"
+        return any(operand.name == "x" for operand in self.operands)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if _made is not None:
+            _made[self] += 1
+        return self.results(*tensors)
+
+    def results(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What it returns."""
         sizes = self.sizes_of(tensors)
-        given: dict[str, Any]
-        given = {o.name: arranged(x, o.layout, o.wanted, sizes) for o, x in zip(self.operands, tensors, strict=True)}
+        several: dict[str, list[Tensor]] = defaultdict(list)
+        for operand, x in zip(self.operands, tensors, strict=True):
+            x = arranged(x, operand.layout, operand.wanted, sizes)
+            several[operand.name].append(x if operand.factor == 1 else x * operand.factor)
+        queries, biases = several.pop("q"), several.pop("logit_bias", [])
+        given = {name: x for name, (x,) in several.items()}
         for mask, taking_part in self.taking_part.items():
             given[mask] = given[mask] if taking_part else ~given[mask]
-        options = self.options | {"return_attention": self.return_attention or self.eps_if_masked is not None}
-        out: Any
+        q = queries[0] if len(queries) == 1 else torch.cat(queries, -2)
+        logit_bias, slot_mask, input_mask = None, given.get("slot_mask"), given.get("input_mask")
+        if biases:
+            logit_bias = functools.reduce(torch.add, (x.to(arithmetic_dtype(q)).expand(q.shape[:-1]) for x in biases))
+        given |= {"q": q} if logit_bias is None else {"q": q, "logit_bias": logit_bias}
+        if slot_mask is not None:
+            slot_mask = slot_mask.expand(q.shape[:-1])
+            if self.fill != -inf:
+                q, logit_bias = self._filled(q, logit_bias, slot_mask)
+                slot_mask = None
+        if input_mask is not None:
+            input_mask = input_mask.expand(*q.shape[:-2], input_mask.shape[-1])
+        backend = _backends.choose("slot_attention", "auto", q.device)
+        rest = logit_bias, slot_mask, input_mask, Options(**self.options), self.return_attention, backend
+        U: Tensor
         if self.from_inputs:
-            given = {"bk": None, "bv": None} | given
-            out = slot_attention_from_inputs(**given, **options)
+            x, wk, wv = given["x"], given["wk"], given["wv"]
+            U, S, A = _attend_from_inputs(x, q, wk, given.get("bk"), wv, given.get("bv"), *rest)
         else:
-            out = slot_attention(**given, **options)
-        U, A = out if options["return_attention"] else (out, out)
-        if self.eps_if_masked is not None:
-            U = self._with_eps(U, A, self.eps_if_masked, **given)
+            k, v = given["k"], given["v"]
+            U, S, A = _attend(q, k, None if v is k else v, *rest)
+        if self.mean is not None:
+            U = self._divided(self.mean, U, S, **given)
         for empty in self.empty:
             U, A = empty.applied(U, A, given, self.options["joint_heads"])
-        U = arranged(U if self.factor == 1 else U * self.factor, *self.update, sizes).to(self.dtypes[0])
-        return U, arranged(A, *self.attention, sizes).to(self.dtypes[1]) if self.return_attention else None
+        U = U if self.factor == 1 else U * self.factor
+        results = []
+        for part, layout, wanted, dtype in self.updates:
+            own = U if part is None else U[..., part[0] : part[1], :]
+            own_sizes = sizes if part is None else sizes | dict.fromkeys(layout[-2], part[1] - part[0])
+            results.append(arranged(own, layout, wanted, own_sizes).to(dtype))
+        if A is not None:
+            results.append(arranged(A, self.attention.layout, self.attention.wanted, sizes).to(self.attention.dtype))
+        return tuple(results)
+
+    def _filled(self, q: Tensor, logit_bias: Tensor | None, slot_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and what is added to their logits, so that a masked slot's logits are `fill` and nothing else: in
+        an image that has no other slots they decide."""
+        bias = q.new_zeros(q.shape[:-1], dtype=arithmetic_dtype(q)) if logit_bias is None else logit_bias
+        return q.masked_fill(~slot_mask.unsqueeze(-1), 0), bias.masked_fill(~slot_mask, self.fill)
 
     def sizes_of(self, tensors: Sequence[Tensor]) -> dict[int, Any]:
         """Of all axes, given the operands."""
@@ -129,25 +197,51 @@ class Call:
             sizes |= {dim[0]: x.shape[i] for i, dim in enumerate(operand.layout) if len(dim) == 1}
         return sizes
 
-    def _with_eps(self, U: Tensor, A: Tensor, eps: float, **given: Any) -> Tensor:
-        """The mean under A + eps of all values, from the sum U of those that are not masked under A."""
-        if self.from_inputs:
-            values = given["x"].sum(-2, keepdim=True) @ given["wv"].mT
-            N = given["x"].shape[-2]
-            values = values if given["bv"] is None else values + N * given["bv"].unsqueeze(-2)
-        else:
-            values, N = given["v"].sum(-2, keepdim=True), given["v"].shape[-2]
-        return (U + eps * values) / (A.sum(-1, keepdim=True) + N * eps)
+    def _divided(self, mean: Mean, U: Tensor, S: Tensor, **given: Tensor) -> Tensor:
+        """The mean, from what the operation makes with a normaliser of S, a sum or a mean."""
+        eps, at_least, eps_if_masked = mean
+        U = U if self.options["normalize"] == "sum" else U * S.unsqueeze(-1)
+        if eps_if_masked:
+            if self.from_inputs:
+                x, bv = given["x"], given.get("bv")
+                N, values = x.shape[-2], x.sum(-2, keepdim=True, dtype=U.dtype) @ given["wv"].mT.to(U.dtype)
+                values = values if bv is None else values + N * bv.unsqueeze(-2)
+            else:
+                N, values = given["v"].shape[-2], given["v"].sum(-2, keepdim=True, dtype=U.dtype)
+            U, S = U + eps_if_masked * values, S + N * eps_if_masked
+        S = S + eps if eps else S
+        return U / (S if at_least is None else S.clamp(min=at_least)).unsqueeze(-1)
 
     def __str__(self) -> str:
-        if self.eps_if_masked is not None:
-            eps = f"eps {self.eps_if_masked:g} in weights, masked inputs' too"
-        elif self.options["normalize"] == "sum":
-            eps = "a sum"
-        else:
-            eps = f"eps {self.options['eps']:g} in {self.options['eps_in']}"
-        heads = ", joint heads" if self.options["joint_heads"] else ""
-        return f"{'slot_attention_from_inputs' if self.from_inputs else 'slot_attention'} ({eps}{heads})"
+        said = []
+        if self.mean is not None and self.mean.eps_if_masked:
+            said.append(f"eps {self.mean.eps_if_masked:g} in weights, masked inputs' too")
+        elif self.options["normalize"] == "mean":
+            said.append(f"eps {self.options['eps']:g} in {self.options['eps_in']}")
+        elif self.mean is None:
+            said.append("a sum")
+        if self.mean is not None and self.mean.eps:
+            said.append(f"eps {self.mean.eps:g} in denominator")
+        if self.mean is not None and self.mean.at_least is not None:
+            said.append(f"divided by {self.mean.at_least:g} at least")
+        if self.options["joint_heads"]:
+            said.append("joint heads")
+        return f"{'slot_attention_from_inputs' if self.from_inputs else 'slot_attention'} ({', '.join(said)})"
+
+
+#: How often each call was made, while somebody counts.
+_made: Counter[Call] | None = None
+
+
+@contextmanager
+def counted() -> Iterator[Counter[Call]]:
+    """How often each call is made meanwhile, the proofs' aside."""
+    global _made
+    before, _made = _made, Counter()
+    try:
+        yield _made
+    finally:
+        _made = before
 
 
 def arranged(x: Tensor, layout: Layout, wanted: Layout, sizes: dict[int, Any]) -> Tensor:
@@ -163,28 +257,28 @@ def arranged(x: Tensor, layout: Layout, wanted: Layout, sizes: dict[int, Any]) -
     return x
 
 
-def rewrite(graph: Graph) -> tuple[list[Call], list[str]]:
+def rewrite(graph: Graph) -> tuple[list[Call], list[Reason]]:
     """Replace all slot attention in a graph of torch's functions: by what, and why what else is softmax was not."""
     updates, refused = read(graph)
-    calls, reasons = [], list(refused.values())
-    for update in updates:
+    calls, reasons = [], [Reason(why, place_of(softmax)) for softmax, why in refused.items()]
+    for group in _grouped(updates):
         try:
-            call, sources = _planned(update)
-            _check_gradients(update, call, sources)
+            call, sources = _planned(group)
+            _check_gradients(group, call, sources)
             try:
-                apart = distance(graph, update, call, sources)
-                call = replace(call, empty=_nans(graph, update, call, sources))
-                apart_if_empty = [distance(graph, update, call, sources, mask) for mask in call.taking_part]
+                apart = distance(graph, group, call, sources)
+                call = replace(call, empty=_nans(graph, group, call, sources))
+                apart_if_empty = [distance(graph, group, call, sources, mask) for mask in call.taking_part]
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise Refused(f"its proof in float64 did not run: {error!r}") from error
             if not apart <= TOLERANCE:
                 raise Refused(f"in float64 what would replace it is {apart:.1g} off")
             if not max(apart_if_empty, default=0.0) <= TOLERANCE:
                 raise Refused("where all is masked what would replace it is something else")
-            _replace(graph, update, call, sources)
+            _replace(graph, group, call, sources)
             calls.append(call)
         except Refused as reason:
-            reasons.append(str(reason))
+            reasons.append(Reason(str(reason), place_of(group[0].softmax.node)))
     graph.lint()
     return calls, reasons
 
@@ -193,69 +287,117 @@ class Refused(Exception):
     """Why an update is left alone."""
 
 
-def _planned(update: Update) -> tuple[Call, list[Source]]:
-    """The call that makes an update, and the nodes it is to be called on."""
-    if update.attention.node is not None and update.attention.node not in set(update.node.graph.nodes):
+def _grouped(updates: Iterable[Update]) -> list[list[Update]]:
+    """Updates of some slots each, the background's and the objects' say, that one call makes together."""
+    groups: list[list[Update]] = []
+
+    def together(a: Update, b: Update) -> bool:
+        same = a.softmax is b.softmax and a.attention.mask is b.attention.mask and a.attention.eps == b.attention.eps
+        totals = [(u.total.eps, u.total.at_least) if u.total else None for u in (a, b)]
+        return same and totals[0] == totals[1] and is_same(a.v, b.v) and a.v.of.factor == b.v.of.factor
+
+    for update in updates:
+        parts = (group for group in groups if group[0].attention.part and together(group[0], update))
+        group = next(parts, None) if update.attention.part else None
+        if group is None:
+            groups.append([update])
+        else:
+            group.append(update)
+    return groups
+
+
+def _planned(group: list[Update]) -> tuple[Call, list[Source]]:
+    """The call that makes updates of one softmax, and the nodes it is to be called on."""
+    update = group[0]
+    attention, softmax, v = update.attention, update.softmax, update.v
+    if attention.node is not None and attention.node not in set(update.node.graph.nodes):
         raise Refused("another product took its attention")
     device = example(update.node).device
     if _backends.choose("slot_attention", "auto", device) == "reference":
         raise Refused(f"no kernels serve {device.type} tensors here, see iio_kernels.backends()")
-    softmax, v = update.softmax, update.v
     batch, heads, slots, inputs, features = (
         atoms(axes) for axes in (softmax.batch, softmax.heads, softmax.slots, softmax.inputs, softmax.features)
     )
     leading = [(axis,) for axis in batch if axis not in heads] + ([heads] if heads else [])
     values = tuple(axis for axis in v.axes if axis not in batch and axis not in inputs)
     scale, factor = softmax.factor, v.of.factor
-    operands = [("q", softmax.q, (*leading, slots, features))]
+    operands = [("q", q.value, (*leading, atoms(q.slots), features), q.factor) for q in softmax.queries]
+    scales = [(*q.scales, *softmax.scales) for q in softmax.queries]
+    operands += [("logit_bias", bias.value, (*leading, slots), bias.factor) for bias in softmax.biases]
+    scales += [bias.scales for bias in softmax.biases]
     of_keys, of_values = (_projection(*of, batch, inputs) for of in ((softmax.k, features), (v, values)))
     if of_keys is not None and of_values is not None and _projection_free(of_keys, of_values, batch):
         (x, wk, bk), (_, wv, bv) = of_keys, of_values
         scale, factor = scale * x.of.factor * wk.of.factor, factor * x.of.factor * wv.of.factor
         width = tuple(axis for axis in x.axes if axis in wk.axes)
-        operands += [("x", x, (*leading, inputs, width))]
-        operands += [("wk", wk, (*leading, features, width)), ("wv", wv, (*leading, values, width))]
-        operands += [("bk", bk, (*leading, features))] if bk else []
-        operands += [("bv", bv, (*leading, values))] if bv else []
+        operands += [("x", x, (*leading, inputs, width), 1.0)]
+        operands += [("wk", wk, (*leading, features, width), 1.0), ("wv", wv, (*leading, values, width), 1.0)]
+        operands += [("bk", bk, (*leading, features), 1.0)] if bk else []
+        operands += [("bv", bv, (*leading, values), 1.0)] if bv else []
     else:
-        operands += [("k", softmax.k, (*leading, inputs, features)), ("v", v, (*leading, inputs, values))]
-    either = {"slot_mask": (softmax.mask, slots), "input_mask": (update.attention.mask, inputs)}
-    masks = {name: (*mask, (*leading, own)) for name, (mask, own) in either.items() if mask}
-    operands += [(name, mask, wanted) for name, (mask, _, wanted) in masks.items()]
+        operands += [("k", softmax.k, (*leading, inputs, features), 1.0), ("v", v, (*leading, inputs, values), 1.0)]
+    masks = {"slot_mask": (softmax.mask, slots), "input_mask": (attention.mask, inputs)}
+    operands += [(name, mask.value, (*leading, own), 1.0) for name, (mask, own) in masks.items() if mask]
 
     numbers: dict[Axis, int] = {}
 
     def numbered(dims: Iterable[Dim]) -> Layout:
         return tuple(tuple(numbers.setdefault(axis, len(numbers)) for axis in atoms(dim)) for dim in dims)
 
-    laid_out = tuple(Operand(name, numbered(x.of.shape), numbered(wanted)) for name, x, wanted in operands)
-    sources = [Source(x.of.node, x.of.index) for _, x, _ in operands]
-    sources[0] = sources[0]._replace(scales=softmax.scales)
-    eps_if_masked = update.eps if update.attention.eps_if_masked else None
+    laid_out = tuple(Operand(name, numbered(x.of.shape), numbered(wanted), by) for name, x, wanted, by in operands)
+    sources = [Source(x.of.node, x.of.index) for _, x, _, _ in operands]
+    sources[: len(scales)] = [source._replace(scales=of) for source, of in zip(sources, scales, strict=False)]
+    node = attention.node or softmax.node
+    made = tuple(
+        Result(
+            part=u.attention.part,
+            layout=numbered([*leading, u.attention.slots, values]),
+            wanted=numbered(u.dims),
+            dtype=example(u.node).dtype,
+        )
+        for u in group
+    )
+    options, mean = _averaging(update)
     call = Call(
         operands=laid_out,
-        update=(numbered([*leading, slots, values]), numbered(update.dims)),
-        attention=(numbered([*leading, slots, inputs]), numbered(update.attention.dims)),
-        sizes={number: axis.size for axis, number in numbers.items() if isinstance(axis.size, int)},
-        dtypes=(example(update.node).dtype, example(update.attention.node or softmax.node).dtype),
-        factor=factor,
-        taking_part={name: taking_part for name, (_, taking_part, _) in masks.items()},
-        eps_if_masked=eps_if_masked,
-        options=dict(
-            scale=scale,
-            eps=update.eps,
-            eps_in=update.eps_in,
-            joint_heads=bool(heads),
-            normalize=update.normalize if eps_if_masked is None else "sum",
+        updates=made,
+        attention=Result(
+            part=None,
+            layout=numbered([*leading, slots, inputs]),
+            wanted=numbered(attention.dims),
+            dtype=example(node).dtype,
         ),
-        return_attention=(update.attention.node or softmax.node) not in _dying({update.node}, sources),
+        sizes={number: axis.size for axis, number in numbers.items() if isinstance(axis.size, int)},
+        taking_part={name: mask.taking_part for name, (mask, _) in masks.items() if mask},
+        fill=softmax.mask.fill if softmax.mask else -inf,
+        factor=factor,
+        options=options | {"scale": scale, "joint_heads": bool(heads)},
+        mean=mean,
+        return_attention=node not in _dying({u.node for u in group}, sources),
+        place=place_of(softmax.node),
     )
-    if call.return_attention and update.attention.node is None:
+    if call.return_attention and attention.node is None:
         raise Refused("its attention is used, and masked after epsilon was added")
     known = call.sizes.keys() | {dim[0] for operand in laid_out for dim in operand.layout if len(dim) == 1}
     if not set(numbers.values()) <= known:
         raise Refused("where shapes are dynamic its sizes cannot be told apart")
     return call, sources
+
+
+def _averaging(update: Update) -> tuple[dict[str, Any], Mean | None]:
+    """Options of the operation, and what is done to its result where they do not say it all."""
+    attention, total = update.attention, update.total
+    if total is None:
+        return {"eps": 0.0, "eps_in": "weights", "normalize": "sum"}, None
+    if attention.eps_if_masked:
+        mean = Mean(total.eps, total.at_least, attention.eps)
+        return {"eps": 0.0, "eps_in": "weights", "normalize": "sum"}, mean
+    if total.at_least is not None or (attention.eps and total.eps):
+        # Without an epsilon the sum itself is what is divided.
+        options = {"eps": attention.eps, "eps_in": "weights", "normalize": "mean" if attention.eps else "sum"}
+        return options, Mean(total.eps, total.at_least, 0.0)
+    eps_in = "denominator" if total.eps else "weights"
+    return {"eps": total.eps or attention.eps, "eps_in": eps_in, "normalize": "mean"}, None
 
 
 Projection = tuple[Value, Value, "Value | None"]
@@ -313,11 +455,11 @@ def _dying(replaced: set[Node], sources: Sequence[Source]) -> set[Node]:
         writes -= needed
 
 
-def _replace(graph: Graph, update: Update, call: Call, sources: list[Source]) -> None:
+def _replace(graph: Graph, group: list[Update], call: Call, sources: list[Source]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    replaced = [update.node]
-    if call.return_attention and update.attention.node is not None:
-        replaced.append(update.attention.node)
+    replaced = [update.node for update in group]
+    if call.return_attention and group[0].attention.node is not None:
+        replaced.append(group[0].attention.node)
     first = min(replaced, key=order.__getitem__)
     late, stack = set(), [node for source in sources for node in source.nodes]
     while stack:
@@ -345,22 +487,24 @@ def _replace(graph: Graph, update: Update, call: Call, sources: list[Source]) ->
         graph.erase_node(node)
 
 
-def distance(graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None = None) -> float:
-    """How far apart a graph's update and attention and a call's are, and their gradients, in float64.
+def distance(
+    graph: Graph, group: list[Update], call: Call, sources: Sequence[Source], empty: str | None = None
+) -> float:
+    """How far apart a graph's updates and attention and a call's are, and their gradients, in float64.
 
     The operands are random; the distance is relative to the largest number of each. `empty`: the mask that leaves
     nothing. What is NaN in both is the same then.
     """
-    theirs, ours = _both(graph, update, call, sources, empty)
+    theirs, ours = _both(graph, group, call, sources, empty)
     return max(_apart(a, b, nan_is_nan=empty is not None) for a, b in zip(theirs, ours, strict=False))
 
 
-def _nans(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -> tuple[Empty, ...]:
+def _nans(graph: Graph, group: list[Update], call: Call, sources: Sequence[Source]) -> tuple[Empty, ...]:
     """What the graph makes NaN of where masks leave nothing."""
     found = []
     for mask in call.taking_part:
-        theirs, _ = _both(graph, update, call, sources, mask)
-        U, A, *gradients = theirs
+        theirs, _ = _both(graph, group, call, sources, mask)
+        updates, A, gradients = theirs[: len(group)], theirs[len(group)], theirs[len(group) + 1 :]
         by_node = dict(zip(_leaves(call, sources), gradients, strict=True))
         operands = []
         for operand, source in zip(call.operands, sources, strict=True):
@@ -368,7 +512,7 @@ def _nans(graph: Graph, update: Update, call: Call, sources: Sequence[Source]) -
                 gradient = by_node[source.node]
                 if (gradient if source.part is None else gradient[source.part]).isnan().any():
                     operands.append(operand.name)
-        if U.isnan().any():
+        if any(U.isnan().any() for U in updates):
             found.append(Empty(mask, A is not None and bool(A.isnan().any()), tuple(operands)))
     return tuple(found)
 
@@ -384,21 +528,21 @@ def _leaves(call: Call, sources: Sequence[Source]) -> list[Node]:
 
 
 Results = list[Any]
-"""Tensors, of which the second may be None."""
+"""Tensors; attention may be None."""
 
 
 def _both(
-    graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None
+    graph: Graph, group: list[Update], call: Call, sources: Sequence[Source], empty: str | None
 ) -> tuple[Results, Results]:
-    """Update, attention and gradients to `_leaves`, of a graph and of a call. The graph's attention may be None.
+    """Updates, attention and gradients to `_leaves`, of a graph and of a call. The graph's attention may be None.
 
     They are of few images and inputs unless the graph has the numbers of these written into it.
     """
-    images = {dim[0] for dim in call.update[0][:-2] if len(dim) == 1}
-    inputs = set(call.attention[0][-1])
+    images = {dim[0] for dim in call.attention.layout[:-2] if len(dim) == 1}
+    inputs = set(call.attention.layout[-1])
     for few in (dict.fromkeys(images, 2) | dict.fromkeys(inputs, 32), dict.fromkeys(images, 2), {}):
         try:
-            return _both_of_few(graph, update, call, sources, empty, few)
+            return _both_of_few(graph, group, call, sources, empty, few)
         except (RuntimeError, ValueError, IndexError):
             if not few:
                 raise
@@ -406,7 +550,7 @@ def _both(
 
 
 def _both_of_few(
-    graph: Graph, update: Update, call: Call, sources: Sequence[Source], empty: str | None, few: dict[int, int]
+    graph: Graph, group: list[Update], call: Call, sources: Sequence[Source], empty: str | None, few: dict[int, int]
 ) -> tuple[Results, Results]:
     device = example(sources[0].node).device
     generator = torch.Generator(device).manual_seed(0)
@@ -426,21 +570,28 @@ def _both_of_few(
                 mask = nothing if operand.name == empty else _drawn_mask(drawn, shape)
                 given[node] = mask == call.taking_part[operand.name]
             else:
-                given[node] = drawn(shape).requires_grad_()
+                # A mask of -1e9 and 0 would leave no attention to compare.
+                given[node] = (drawn(shape) / max(1.0, abs(operand.factor))).requires_grad_()
             for scale in scales:
                 like = example(scale.node)
                 tensor = isinstance(like, Tensor)
                 given[scale.node] = (drawn(like.shape).abs() + 0.5).requires_grad_() if tensor else _hint(like)
-        theirs = _evaluated(graph, update, dict(given))
-        with_attention = replace(call, dtypes=(torch.float64,) * 2, return_attention=True)
-        made = with_attention(*(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources))
-        ours = [x for x in made if x is not None][: len(theirs)]
+        theirs = _evaluated(graph, group, dict(given))
+        wide = replace(
+            call,
+            updates=tuple(update._replace(dtype=torch.float64) for update in call.updates),
+            attention=call.attention._replace(dtype=torch.float64),
+            return_attention=True,
+        )
+        made = wide.results(*(source.of(given.__getitem__, lambda f, *args: f(*args)) for source in sources))
+        ours = list(made[: len(theirs)])
         weights = [drawn(x.shape) for x in theirs]
         leaves = [given[node] for node in _leaves(call, sources)]
         both: list[Results] = []
         for results in (theirs, ours):
             total = torch.stack([(x * w).sum() for x, w in zip(results, weights, strict=True)]).sum()
-            both.append([*results, *[None] * (2 - len(results)), *torch.autograd.grad(total, leaves)])
+            missing = [None] * (len(group) + 1 - len(results))
+            both.append([*results, *missing, *torch.autograd.grad(total, leaves)])
         return both[0], both[1]
 
 
@@ -466,10 +617,18 @@ def _apart(a: Tensor | None, b: Tensor | None, nan_is_nan: bool) -> float:
     return float("inf") if isnan(difference) else difference
 
 
-def _evaluated(graph: Graph, update: Update, env: dict[Node, Any]) -> list[Tensor]:
-    """The graph's own update, and attention if a node holds it, of other operands and without casts."""
-    needed = _between(env.keys(), update.node)
-    attention = []
+def _evaluated(graph: Graph, group: list[Update], env: dict[Node, Any]) -> list[Tensor]:
+    """The graph's own updates, and attention if a node holds it, of other operands and without casts."""
+    needed = _between(env.keys(), [update.node for update in group])
+    attention: list[Tensor] = []
+
+    def value_of(node: Node) -> Any:
+        """A node's value, or what has its shape, where nothing else of it is needed."""
+        if node in env:
+            return env[node]
+        like = example(node)
+        return torch.empty([_hint(size) for size in like.shape], dtype=torch.float64, device=like.device)
+
     for node in graph.nodes:
         if node not in needed:
             continue
@@ -479,36 +638,47 @@ def _evaluated(graph: Graph, update: Update, env: dict[Node, Any]) -> list[Tenso
             continue
         if not node.op.startswith("call"):
             raise Refused(f"its softmax depends on {node} in a way not known here")
-        args, kwargs = map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "dtype"}), env.__getitem__)
+        args, kwargs = map_arg((node.args, {k: v for k, v in node.kwargs.items() if k != "dtype"}), value_of)
+        made: Any
         if name in CASTS:
-            made = args[0]
+            made = args[0].double() if args[0].dtype == torch.bool and like.is_floating_point() else args[0]
         elif node.op == "call_method":
             made = getattr(args[0], node.target)(*args[1:], **kwargs)
         else:
             made = node.target(*args, **kwargs)
         env[node] = made
-        if node is update.attention.node:
+        if node is group[0].attention.node:
             attention = [made.clone()]
-    return [env[update.node], *attention]
+    return [*(env[update.node] for update in group), *attention]
 
 
-def _between(operands: Iterable[Node], result: Node) -> set[Node]:
-    """The nodes that make the result of the operands, the result and whatever writes to one of them included."""
-    between, stack = set(operands), [result]
+#: What takes nothing but the shape of one of its arguments, and where that is.
+SHAPED_LIKE = {
+    "expand_as": 1, "full_like": 0, "new_full": 0, "new_ones": 0, "new_zeros": 0, "ones_like": 0, "reshape_as": 1,
+    "type_as": 1, "view_as": 1, "zeros_like": 0,
+}  # fmt: skip
+
+
+def _between(operands: Iterable[Node], results: Iterable[Node]) -> set[Node]:
+    """The nodes that make the results of the operands, the results and whatever writes to one of them included."""
+    between, stack = set(operands), list(results)
     while stack:
         node = stack.pop()
         if node not in between:
             between.add(node)
             if not isinstance(example(node), NUMBERS):
-                stack += [*node.all_input_nodes, *(user for user in node.users if written_by(user) is node)]
+                like = SHAPED_LIKE.get(name_of(node))
+                read = [x for x in node.all_input_nodes if like is None or x is not node.args[like]]
+                stack += [*read, *(user for user in node.users if written_by(user) is node)]
     return between - set(operands)
 
 
-def _check_gradients(update: Update, call: Call, sources: Sequence[Source]) -> None:
-    """Refuse an update if gradients are recorded for a part of it alone: the call has all of them or none."""
-    between = _between([node for source in sources for node in source.nodes], update.node)
-    modes = {update.recorded[node] for node in between if node in update.recorded}
-    if update.recorded[update.node] is False and not call.return_attention:
+def _check_gradients(group: list[Update], call: Call, sources: Sequence[Source]) -> None:
+    """Refuse updates if gradients are recorded for a part of them alone: the call has all of them or none."""
+    recorded = group[0].recorded
+    between = _between([node for source in sources for node in source.nodes], [update.node for update in group])
+    modes = {recorded[node] for node in between if node in recorded}
+    if not call.return_attention and all(recorded[update.node] is False for update in group):
         return  # where none are recorded for the result, none get further
     if len(modes) > 1:
         raise Refused("gradients are recorded for a part of it alone")

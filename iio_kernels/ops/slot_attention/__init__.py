@@ -193,20 +193,41 @@ def slot_attention_from_inputs(
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     device = _checks.same_device(x=x, q=q, wk=wk, bk=bk, wv=wv, bv=bv, slot_mask=slot_mask, input_mask=input_mask)
     name = _backends.choose("slot_attention", backend, device)
-    with without_autocast(device):
+    U, _, A = _attend_from_inputs(x, q, wk, bk, wv, bv, None, slot_mask, input_mask, options, return_attention, name)
+    return U.to(x.dtype) if A is None else (U.to(x.dtype), A)
+
+
+def _attend_from_inputs(
+    x: Tensor,
+    q: Tensor,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    logit_bias: Tensor | None,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    options: Options,
+    return_attention: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U, S and A as of `SlotAttentionFunction`, of arguments checked already."""
+    with without_autocast(x.device):
         dtype = arithmetic_dtype(x, q, wk, wv)
         queries = q.to(dtype)
         if slot_mask is not None:
             queries = queries.masked_fill(~slot_mask.unsqueeze(-1), 0)
-        logit_bias = None if bk is None else options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
+        if bk is not None:
+            of_keys = options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
+            logit_bias = of_keys if logit_bias is None else of_keys + logit_bias
         inputs = x.expand(*q.shape[:-2], *x.shape[-2:])
         U, S, A = _attend(
-            queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, name
+            queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, backend
         )
         U = U @ wv.to(dtype).mT
         if bv is not None:
             U = U + _sum_of_weights(S, options).unsqueeze(-1) * bv.to(dtype).unsqueeze(-2)
-        return U.to(x.dtype) if A is None else (U.to(x.dtype), A)
+        return U, S, A
 
 
 def _sum_of_weights(S: Tensor, options: Options) -> Tensor:
