@@ -740,7 +740,7 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
             if saved[name] is not None and (there := Path(started_in, saved[name])).exists():
                 saved[name] = there
         config = Config(**saved | {"score_steps": tuple(saved["score_steps"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"--resume: {folder} holds no run ({error})") from None
     if is_finished(folder) and (several(config) or (folder / PICTURES[config.task]).exists()):
         raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
@@ -1553,8 +1553,16 @@ class Run:
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UsageError(f"{path} does not fit this model: {error}") from None
+    except RuntimeError:
+        expected = model.state_dict()
+        wrong = sorted(
+            name for name in tensors.keys() | expected.keys()
+            if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+        )  # fmt: skip
+        raise UsageError(
+            f"{path} holds another network's weights, perhaps an earlier version's: {len(wrong)} of "
+            f"{len(expected)} tensors do not fit, such as {wrong[0]}"
+        ) from None
 
 
 def greeting(config: Config, phases: dict[str, int], done: int, model: nn.Module, source: Scenes) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train
 from data import DATASETS
@@ -554,6 +555,25 @@ def test_a_run_begun_before_fine_tuning_had_its_own_warm_up_resumes_with_what_it
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config, _ = train.reopen_run(train.Config(resume=tmp_path))
     assert config.fine_tune_warmup_steps == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"warmup_steps": 3}'])
+def test_a_folder_without_a_runs_options_is_refused(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert call(monkeypatch, "--resume", tmp_path) == 2
+    assert f"{tmp_path} holds no run" in capsys.readouterr().err
+
+
+def test_another_networks_weights_are_refused_in_a_line(finished, tmp_path, monkeypatch, capsys):
+    weights = load_file(finished / "before.safetensors")
+    weights["slot_attention.mu"] = weights["slot_attention.mu"][..., :-1].contiguous()
+    with safe_open(finished / "before.safetensors", "pt") as file:
+        save_file(weights, tmp_path / "other.safetensors", file.metadata())
+    assert call(monkeypatch, *SCORE, tmp_path / "other.safetensors") == 2
+    message = capsys.readouterr().err
+    assert re.search(
+        r"other.safetensors holds another network's .* 1 of \d+ .* such as slot_attention.mu$", message.strip()
+    )
 
 
 def test_every_epoch_sees_every_scene_once():
