@@ -177,7 +177,7 @@ def built(library: Library) -> Path:
     for folder in folders:
         if path := _cached(folder, name):
             return path
-        if not _is_trusted(folder):
+        if _trusted(folder) is None:
             continue
         try:
             _make(folder)
@@ -208,30 +208,34 @@ def built(library: Library) -> Path:
 
 
 def _cached(folder: Path, name: str) -> Path | None:
-    """A library of that name in a folder which is trusted and undamaged."""
-    for path in sorted(folder.glob(f"{name}-*.so")):
+    """A library of that name that is trusted, in a folder that is, and undamaged: its path without links."""
+    if _trusted(folder) is None:
+        return None
+    for entry in sorted(folder.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):  # this user may not read it, or another process has removed it
-            if _is_trusted(path) and content_hash(path) in path.name:
+            path = _trusted(entry)
+            if path is not None and content_hash(path) in entry.name:
                 return path
     return None
 
 
-def _is_trusted(path: Path) -> bool:
-    """Whether a cache folder, or a library in one, is safe from other users, or else the user trusts them.
+def _trusted(path: Path) -> Path | None:
+    """The path without links of a cache folder, or of a library in one; None unless it is safe from other users.
 
-    Of the first folder, which the user knows, a line says why it is not.
+    This path is judged, so it is the one to open: a link may lead elsewhere by then. The link itself is judged too.
+    Where the user trusts the others, all is safe. Of the first folder, which the user knows, a line says why it is not.
     """
-    cache = cache_folders()[0]
+    cache, real = cache_folders()[0], Path(os.path.realpath(path))
     is_first = cache in (path, path.parent)
     if is_first and os.environ.get("IIO_KERNELS_TRUST_CACHE") == "1":
-        return True
-    reason = open_to_others(Path(os.path.realpath(path)))
+        return real
+    reason = open_to_others(path) or open_to_others(real)
     if reason is not None and is_first:
         _say_once(
             f"nothing is loaded from {cache}: {reason}. Share a cache by letting root own it and others only read it, "
             f"or trust whoever can write it by IIO_KERNELS_TRUST_CACHE=1"
         )
-    return reason is None
+    return real if reason is None else None
 
 
 def cache_folders() -> list[Path]:

@@ -2,7 +2,8 @@
 
 A file is trusted that only root and this user can have written. It and every folder above it belong to one of the two,
 and neither group nor others may write them. In a folder with the sticky bit, such as /tmp, others may write: they
-cannot rename or remove what is not theirs. Access control lists are not looked at.
+cannot rename or remove what is not theirs. A symbolic link has no mode: its owner and folders count, and what it leads
+to is judged for itself. Access control lists are not looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def open_to_others(path: Path) -> str | None:
     None where nobody could. What is not there yet, or out of this user's reach, is judged by the folders above it.
 
     Args:
-        path: absolute and without symbolic links, as `os.path.realpath` makes it.
+        path: absolute, and its folders without symbolic links, as `os.path.realpath` makes them. A link is judged
+            itself, not what it leads to.
     """
     for part in (path, *path.parents):
         try:
@@ -27,6 +29,8 @@ def open_to_others(path: Path) -> str | None:
             continue
         if status.st_uid not in (0, os.geteuid()):
             return f"{part} belongs to user {status.st_uid}"
+        if part == path and stat.S_ISLNK(status.st_mode):
+            continue
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
         if status.st_mode & stat.S_IWOTH and not sticky:
             return f"{part} can be written by everyone"

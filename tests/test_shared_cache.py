@@ -294,10 +294,38 @@ def test_links_are_followed_to_what_they_lead_to(tmp_path, monkeypatch):
     (tmp_path / "safe" / "link").symlink_to(tmp_path / "open")
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(tmp_path / "safe" / "link"))
     assert _build.cache_folders()[0] == tmp_path / "open"
-    assert not _build._is_trusted(_build.cache_folders()[0])
+    assert _build._trusted(_build.cache_folders()[0]) is None
     (tmp_path / "open" / "cpu-1.so").touch()
     (tmp_path / "safe" / "cpu-1.so").symlink_to(tmp_path / "open" / "cpu-1.so")
-    assert not _build._is_trusted(tmp_path / "safe" / "cpu-1.so")
+    assert _build._trusted(tmp_path / "safe" / "cpu-1.so") is None
+
+
+@pytest.mark.parametrize(
+    ("folder_owner", "mode", "link_owner", "trust", "loaded"),
+    [
+        (0, 0o755, 0, "", True),
+        (OTHER, 0o777, OTHER, "", False),
+        (OTHER, 0o777, 0, "", False),
+        (0, 0o1777, 0, "", True),
+        (0, 0o1777, OTHER, "", False),  # who cannot write the file, but chooses it
+        (OTHER, 0o777, OTHER, "1", True),
+    ],
+)
+def test_a_link_in_a_cache_is_judged_with_its_folder(
+    tmp_path, monkeypatch, folder_owner, mode, link_owner, trust, loaded
+):
+    """Though it leads to a file of root's. What is loaded is that file: the link may lead elsewhere by then."""
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_text("of root")
+    cache.mkdir()
+    link = cache / f"cpu-1-{_build.content_hash(file)}.so"
+    link.symlink_to(file)
+    os.chown(link, link_owner, link_owner, follow_symlinks=False)
+    os.chown(cache, folder_owner, folder_owner)
+    cache.chmod(mode)
+    monkeypatch.setenv("IIO_KERNELS_CACHE", str(cache))
+    monkeypatch.setenv("IIO_KERNELS_TRUST_CACHE", trust)
+    assert _build._cached(cache, "cpu-1") == (file if loaded else None)
 
 
 @pytest.mark.parametrize(
