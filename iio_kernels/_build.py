@@ -124,17 +124,19 @@ def _has_gpu() -> bool:
 
 @functools.cache
 def _load(library: Library) -> BuildError | None:
+    path = None
     try:
         path = built(library)
         torch.ops.load_library(path)
+        _loaded[library.name] = ctypes.CDLL(str(path))
     except BuildError as error:
         return error
     except OSError as error:
         reason = one_line(f"{error}: {error.__cause__ or ''}")
         return BuildError(f"the compiled kernels cannot be loaded: {reason}")
-    _loaded[library.name] = ctypes.CDLL(str(path))
-    if path.parent.name.startswith(PRIVATE):
-        shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded needs no file any more
+    finally:
+        if path is not None and path.parent.name.startswith(PRIVATE):
+            shutil.rmtree(path.parent, ignore_errors=True)  # what is loaded needs no file any more
     if library is CUDA and (trouble := said_by(CUDA, "iio_kernels_cuda_trouble")):
         return BuildError(f"the compiled kernels do not run: {trouble}")
     return None
@@ -430,7 +432,7 @@ def exclusive(path: Path) -> Iterator[bool]:
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except PermissionError:
-        file = os.open(path, os.O_RDONLY)  # another user's
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # another user's: it may be a pipe
     try:
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:

@@ -269,6 +269,15 @@ def test_a_build_that_fails_is_told_once_and_the_reference_serves(tmp_path, comp
     assert not list(tmp_path.glob("*/*.so")) or behaviour == "rubbish"
 
 
+def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_path, monkeypatch):
+    library = tmp_path / f"{_build.PRIVATE}1" / "cpu-1.so"
+    library.parent.mkdir()
+    library.write_text("not a library")
+    monkeypatch.setattr(_build, "built", lambda _: library)
+    assert "the compiled kernels cannot be loaded" in str(_build._load.__wrapped__(_build.CPU))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_compiler_that_never_ends(tmp_path, compiler):
     behave(compiler, "hang")
     program = "import iio_kernels._build as b; b.TIMEOUT = 1.0\n" + PROGRAM

@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -249,6 +250,45 @@ def test_what_is_built_under_a_umask_of_0_is_found_again(case):
     assert case.compiled() == BOTH
     assert case.load(USER, umask=0, IIO_KERNELS_CACHE=str(home / "new" / "cache")) == []
     assert case.compiled() == []
+
+
+@needs_kernels
+def test_a_pipe_in_place_of_the_lock_hangs_nobody(case):
+    """As another user can make in a folder like /tmp."""
+    lock = case.temporary / "lock"
+    os.mkfifo(lock)
+    lock.chmod(0o644)
+    os.chown(lock, OTHER, OTHER)
+
+    def it_hangs(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, it_hangs)
+    signal.alarm(5)
+    os.seteuid(USER)
+    try:
+        with _build.exclusive(lock) as alone:
+            assert alone
+    finally:
+        os.seteuid(0)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path, monkeypatch):
+    """Not even one that took the place of another user's lock after that could not be written."""
+    (tmp_path / "file").touch()
+    (tmp_path / "lock").symlink_to(tmp_path / "file")
+    opened = os.open
+
+    def cannot_write(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", cannot_write)
+    with pytest.raises(OSError, match="symbolic links"), _build.exclusive(tmp_path / "lock"):
+        pass
 
 
 # --- the rule -----------------------------------------------------------------------------------------------
