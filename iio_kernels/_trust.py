@@ -42,7 +42,9 @@ def open_to_others(path: Path) -> str | None:
 def _has_no_other_member(group: int) -> bool:
     """Whether a group is this user's own, as Linux makes one for each: called like the user, and without others.
 
-    Where such groups are in use people let them write all that they make. Root has none.
+    Others are its members, and those whose first group it is, which no list of members tells. Only those are known that
+    the system lists: some directories of users (LDAP) do not. Where such groups are in use people let them write all
+    that they make. Root has none.
     """
     import grp
     import pwd
@@ -52,4 +54,6 @@ def _has_no_other_member(group: int) -> bool:
     except KeyError:
         return False
     is_own = user.pw_uid != 0 and (user.pw_gid, user.pw_name) == (own.gr_gid, own.gr_name)
-    return is_own and set(own.gr_mem) <= {user.pw_name}
+    if not is_own or not set(own.gr_mem) <= {user.pw_name}:
+        return False
+    return all(other.pw_uid == user.pw_uid for other in pwd.getpwall() if other.pw_gid == group)

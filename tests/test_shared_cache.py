@@ -369,12 +369,21 @@ def test_a_link_in_a_cache_is_judged_with_its_folder(
 
 
 @pytest.mark.parametrize(
-    ("name", "members", "trusted"),
-    [("ann", [], True), ("ann", ["ann"], True), ("ann", ["ann", "bob"], False), ("users", [], False)],
+    ("name", "members", "bobs_group", "trusted"),
+    [
+        ("ann", [], OTHER, True),
+        ("ann", ["ann"], OTHER, True),
+        ("ann", ["ann", "bob"], OTHER, False),
+        ("ann", [], USER, False),  # it is bob's first group: he is not among its members
+        ("users", [], OTHER, False),
+    ],
 )
-def test_a_group_of_ones_own_may_write(tmp_path, monkeypatch, name, members, trusted):
+def test_a_group_of_ones_own_may_write(tmp_path, monkeypatch, name, members, bobs_group, trusted):
     """As where everyone has a group, and the umask is 002."""
-    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_uid=USER, pw_gid=USER, pw_name="ann"))
+    ann = SimpleNamespace(pw_uid=USER, pw_gid=USER, pw_name="ann")
+    bob = SimpleNamespace(pw_uid=OTHER, pw_gid=bobs_group, pw_name="bob")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: ann)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [ann, bob])
     monkeypatch.setattr(grp, "getgrgid", lambda group: SimpleNamespace(gr_gid=group, gr_name=name, gr_mem=members))
     (tmp_path / "cache").mkdir()
     os.chown(tmp_path / "cache", 0, USER)
