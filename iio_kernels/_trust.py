@@ -4,6 +4,11 @@ A file is trusted that only root and this user can have written. It and every fo
 and neither group nor others may write them. In a folder with the sticky bit, such as /tmp, others may write: they
 cannot rename or remove what is not theirs. A symbolic link has no mode: its owner and folders count, and what it leads
 to is judged for itself. Access control lists are not looked at.
+
+Unprivileged containers and `unshare -Ur` make a user namespace without the system's root. In it the files of root, and
+of every other user outside, show one user id: the overflow id. A folder with this id is taken for root's if it lies
+above what is judged. It is not if a folder above it has user id 0: root is then inside. A library with this id, or a
+cache folder, is another user's.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ def open_to_others(path: Path) -> str | None:
             status = part.lstat()
         except OSError:
             continue
-        if status.st_uid not in (0, os.geteuid()):
+        if status.st_uid not in (0, os.geteuid()) and (part == path or not _is_taken_for_roots(part)):
             return f"{part} belongs to user {status.st_uid}"
         if part == path and stat.S_ISLNK(status.st_mode):
             continue
@@ -37,6 +42,25 @@ def open_to_others(path: Path) -> str | None:
         if status.st_mode & stat.S_IWGRP and not sticky and not _has_no_other_member(status.st_gid):
             return f"{part} can be written by group {status.st_gid}"
     return None
+
+
+def _is_taken_for_roots(folder: Path) -> bool:
+    """Whether a folder belongs to a user outside of this user namespace, and root is there, not inside."""
+    if folder.lstat().st_uid != _id_of_users_outside():
+        return False
+    return all(above.lstat().st_uid != 0 for above in folder.parents)
+
+
+def _id_of_users_outside() -> int | None:
+    """The user id that Linux shows of those outside of this user namespace; None where a user inside has it too."""
+    try:
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    ranges = [[int(number) for number in line.split()] for line in lines]
+    is_inside = any(first <= overflow < first + count for first, _, count in ranges)
+    return None if is_inside else overflow
 
 
 def _has_no_other_member(group: int) -> bool:

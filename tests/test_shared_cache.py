@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from iio_kernels import _build
+from iio_kernels import _build, _trust
 from iio_kernels._trust import open_to_others
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +26,11 @@ USER, OTHER = 12345, 12346
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 needs_kernels = pytest.mark.skipif(_build.missing() is not None, reason=f"no CPU kernels: {_build.missing()}")
 
-#: Takes requests line by line: a user, a umask and an environment. As that user it loads the library for CPUs and the
-#: one for GPUs in a new process, and prints what that wrote to stderr. What is imported, is imported by root.
+#: Takes requests line by line: a user, a umask, an environment, and whether to enter a user namespace with this user
+#: alone, as root. As that user it loads the library for CPUs and the one for GPUs in a new process, and prints what
+#: that wrote to stderr. What is imported, is imported by root.
 SERVER = """
-import json, os, sys, tempfile, threading, warnings
+import ctypes, json, os, sys, tempfile, threading, warnings
 import torch
 import iio_kernels, iio_kernels._build as build
 
@@ -39,7 +40,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 for line in sys.stdin:
-    user, umask, environment = json.loads(line)
+    user, umask, environment, namespace = json.loads(line)
     read, write = os.pipe()
     if os.fork() == 0:
         os.dup2(write, 2)
@@ -47,6 +48,12 @@ for line in sys.stdin:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
+        if namespace:
+            libc = ctypes.CDLL(None)
+            libc.prctl(4, 1)  # PR_SET_DUMPABLE: the next file is one's own to write
+            assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
+            with open("/proc/self/uid_map", "w") as file:
+                file.write(f"0 {user} 1")
         os.environ.update(environment)
         tempfile.tempdir = None
         try:
@@ -120,14 +127,14 @@ class Case:
         os.chown(path, user, user)
         return path
 
-    def load(self, user: int, umask: int = 0o022, **environment: str) -> list[str]:
+    def load(self, user: int, umask: int = 0o022, namespace: bool = False, **environment: str) -> list[str]:
         """What loading both libraries says, when they have been loaded."""
         environment = {
             "IIO_KERNELS_CACHE": str(self.cache), "XDG_CACHE_HOME": str(self.folder / f"home{user}"),
             "TMPDIR": str(self.temporary), "CALLS": str(self.calls), "CXX": str(self.world.folder / "bin" / "c++"),
             "CUDA_HOME": str(self.world.folder), "IIO_KERNELS_TRUST_CACHE": "", **environment,
         }  # fmt: skip
-        print(json.dumps([user, umask, environment]), file=self.world.server.stdin, flush=True)
+        print(json.dumps([user, umask, environment, namespace]), file=self.world.server.stdin, flush=True)
         *lines, last = json.loads(self.world.server.stdout.readline()).splitlines()
         assert last == "both loaded", (lines, last)
         return lines
@@ -252,6 +259,29 @@ def test_what_is_built_under_a_umask_of_0_is_found_again(case):
     assert case.compiled() == []
 
 
+def namespaces() -> bool:
+    """Whether users may make user namespaces here."""
+    try:
+        return subprocess.run(["unshare", "-Ur", "true"], user=USER, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@needs_kernels
+@pytest.mark.skipif(not namespaces(), reason="no user namespaces")
+def test_in_a_user_namespace_without_root_it_is_built_once(case):
+    """As in a container that needs no privileges. What root keeps cannot be told from what others do."""
+    home = case.folder / f"home{USER}"
+    case.load(USER, namespace=True, IIO_KERNELS_CACHE=str(home / "cache"))
+    assert case.compiled() == BOTH
+    assert case.load(USER, namespace=True, IIO_KERNELS_CACHE=str(home / "cache")) == []
+    assert case.compiled() == []
+    case.load(0)
+    case.compiled()
+    assert "belongs to user" in case.load(USER, namespace=True)[0]
+    assert case.compiled() == BOTH
+
+
 @needs_kernels
 def test_a_pipe_in_place_of_the_lock_hangs_nobody(case):
     """As another user can make in a folder like /tmp."""
@@ -366,6 +396,64 @@ def test_a_link_in_a_cache_is_judged_with_its_folder(
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(cache))
     monkeypatch.setenv("IIO_KERNELS_TRUST_CACHE", trust)
     assert _build._cached(cache, "cpu-1") == (file if loaded else None)
+
+
+OUTSIDE = 65534
+
+
+@pytest.mark.parametrize(
+    ("owners", "outside", "stranger"),
+    [
+        # The owners of /, /a, /a/b and /a/b/c as far as they exist.
+        ([OUTSIDE, OUTSIDE, USER, USER], OUTSIDE, None),
+        ([OUTSIDE, OUTSIDE, 0, USER], OUTSIDE, None),
+        ([USER, OUTSIDE, USER, USER], OUTSIDE, None),  # a sandbox made of folders from outside
+        ([OUTSIDE, OUTSIDE], OUTSIDE, None),  # what is to be made will be one's own
+        ([OUTSIDE, OUTSIDE, OUTSIDE, OUTSIDE], OUTSIDE, "/a/b/c"),
+        ([OUTSIDE, OUTSIDE, USER, OUTSIDE], OUTSIDE, "/a/b/c"),
+        ([0, OUTSIDE, USER, USER], OUTSIDE, "/a"),  # root is inside, so it is another's
+        ([OUTSIDE, OTHER, USER, USER], OUTSIDE, "/a"),
+        ([OUTSIDE, OUTSIDE, USER, USER], None, "/a"),  # a user of that id
+    ],
+)
+def test_folders_of_users_outside_of_a_user_namespace(monkeypatch, owners, outside, stranger):
+    path = Path("/a/b/c")
+    uids = dict(zip([*reversed(path.parents), path], owners, strict=False))
+
+    def lstat(part):
+        if part not in uids:
+            raise FileNotFoundError
+        return SimpleNamespace(st_uid=uids[part], st_gid=0, st_mode=0o40755)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    monkeypatch.setattr(os, "geteuid", lambda: USER)
+    monkeypatch.setattr(_trust, "_id_of_users_outside", lambda: outside)
+    reason = open_to_others(path)
+    assert reason == (stranger and f"{stranger} belongs to user {uids[Path(stranger)]}")
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "outside"),
+    [
+        ("         0          0 4294967295\n", None),  # as without namespaces
+        ("0 12345 1\n", OUTSIDE),
+        ("12345 12345 1\n", OUTSIDE),
+        ("0 1000 1\n1 100000 65536\n", None),
+        ("0 1000 1\n1 100000 65533\n", OUTSIDE),
+        ("", OUTSIDE),
+        (None, None),
+    ],
+)
+def test_the_id_of_users_outside_of_a_user_namespace(monkeypatch, uid_map, outside):
+    files = {"/proc/sys/kernel/overflowuid": f"{OUTSIDE}\n", "/proc/self/uid_map": uid_map}
+
+    def read_text(path):
+        if files[str(path)] is None:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert _trust._id_of_users_outside() == outside
 
 
 @pytest.mark.parametrize(
