@@ -429,6 +429,16 @@ def test_spellings_on_triton(attend: Callable[..., Tensor], monkeypatch: pytest.
     assert_same(model, args, {}, 2**-23)
 
 
+@pytest.mark.parametrize("attend", [background, background_without_a_mean], ids=lambda f: f.__name__)
+def test_keys_without_a_bias_are_the_same_in_every_view(attend: Callable[..., Tensor]):
+    model, args = Step(attend), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    for layer in (model.to_q, model.to_k, model.to_v):
+        layer.bias = None
+    report = accelerate(model, *args)
+    assert report.accelerated == [""], str(report)
+    assert_same(model, args, {}, 2**-23)
+
+
 @pytest.mark.parametrize(
     ("way", "low"),
     [("added", -1e9), ("added", torch.finfo(torch.float32).min), ("added", -math.inf), ("filled", -1e9),

@@ -1127,7 +1127,19 @@ def is_same(a: Value, b: Value) -> bool:
     """Whether two leaves are the same numbers, but for their factors."""
     if not (isinstance(a.of, Leaf) and isinstance(b.of, Leaf)):
         return False
-    return (a.of.node, a.of.age, a.of.index, set(a.axes)) == (b.of.node, b.of.age, b.of.index, set(b.axes))
+    if (a.of.age, a.of.index, set(a.axes)) != (b.of.age, b.of.index, set(b.axes)):
+        return False
+    return a.of.node is b.of.node or _is_same_product(a.of, b.of)
+
+
+def _is_same_product(a: Leaf, b: Leaf) -> bool:
+    """Whether two leaves are the same linear layer's of the same inputs, seen by two views."""
+    if a.linear is None or b.linear is None:
+        return False
+    pairs = list(zip(a.linear, b.linear, strict=True))
+    return all(x is y is None or (x is not None and y is not None and is_same(x, y)) for x, y in pairs) and all(
+        x.of.factor == y.of.factor for x, y in pairs if x is not None and y is not None
+    )
 
 
 def _bounded(total: Total, bound: float) -> Total:
