@@ -134,3 +134,31 @@ def test_nothing_left_for_modules_of_the_field(name: str, mask: str, out: bool):
     assert theirs[0][1:].isfinite().all()
     assert theirs[0][0].isnan().all() == (name != "videosaur")
     assert_same(ours, theirs)
+
+
+class Recurrent(nn.Module):
+    """One iteration, and a GRU behind it, to which NaN comes back from the slots that it makes NaN."""
+
+    def __init__(self, attend: Callable) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.attend = nn.Linear(D, 6), nn.Linear(X, 6), nn.Linear(X, 6), attend
+        self.gru = nn.GRUCell(6, D)
+
+    def forward(self, x: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        updates = self.attend(self.to_q(slots), self.to_k(x), self.to_v(x), mask)
+        return self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
+
+
+@pytest.mark.parametrize("attend", [slots_out, slots_out_of_joint_heads], ids=lambda f: f.__name__)
+def test_nothing_left_before_a_gru(attend: Callable):
+    """The gradients to keys are those of the other images, as the module's are."""
+    torch.manual_seed(0)
+    model, x, slots = Recurrent(attend), torch.randn(B, N, X), torch.randn(B, K, D)
+    plain = copy.deepcopy(model)
+    mask = torch.ones(B, K, dtype=torch.bool)
+    assert accelerate(model, x, slots, mask).accelerated == [""]
+    mask[0] = False
+    theirs = results(plain, x, slots, mask)
+    assert_same(results(model, x, slots, mask), theirs)
+    to_k = [name for name, _ in plain.named_parameters()].index("to_k.weight")
+    assert theirs[3 + to_k].isfinite().all()

@@ -6,7 +6,7 @@ A softmax over slots of which all are masked with -inf is NaN, and so is a mean 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +32,31 @@ class Empty(NamedTuple):
         empty = empty[..., None, None]
         # A NaN that depends on operands as the module's own does; elsewhere 0 times them, so gradients are as before.
         nan = times = torch.where(empty, torch.nan, 0.0).to(U.dtype)
-        # Keys have a gradient of 0 times the queries, which an earlier iteration may have made NaN.
+        # Keys have a gradient of 0 times the queries, which an earlier iteration may have made NaN. What comes in does
+        # not matter: the module takes it no further than to the softmax's masked logits, and it may be NaN.
         times_q = torch.where(empty, 0 * _sums(given["q"].detach(), leading), 0.0).to(U.dtype)
         for name, x in given.items():
             if name in self.operands:
                 nan = nan + times * _sums(x, leading)
             elif name in ("k", "x", "wk", "bk"):
-                nan = nan + times_q * _sums(x, leading)
+                nan = nan + _Fixed.apply(_sums(x, leading), times_q)
         U = torch.where(empty, nan, U)
         return U, A if A is None or not self.attention else A.masked_fill(empty, torch.nan)
+
+
+class _Fixed(torch.autograd.Function):
+    """A product of which one factor is the gradient to the other, whatever comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.shape = x.shape
+        return x * gradient
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.expand_as(incoming).sum_to_size(ctx.shape), None
 
 
 def _sums(x: Tensor, leading: int) -> Tensor:
