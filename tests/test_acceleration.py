@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import importlib.metadata
@@ -1170,6 +1171,111 @@ def test_assertions_in_the_loop(kind: type[Iterations]):
     accelerate(model, *args)
     with pytest.raises(AssertionError, match="NaN in iteration 0"):
         model(args[0], args[1] * float("nan"))
+
+
+class Counts(Iterations):
+    """What it does before an assertion fails, it does once: to a buffer, to statistics, to a random generator."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.does, self.norm, self.counted = does, nn.BatchNorm1d(8, affine=False), []
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self.does in ("a function apart", "an attribute before"):
+            self.counted.append(1)
+        if self.does == "an attribute before":
+            torch._dynamo.graph_break()
+        return self.iterations(x, slots)
+
+    def iterations(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self.does == "buffer":
+            self.n += 1
+        elif self.does == "a part of it":
+            self.n.view(1)[0] = self.n + 1
+        elif self.does == "a list":
+            torch._foreach_add_([self.n], 1)
+        elif self.does == "statistics":
+            self.norm.num_batches_tracked = None
+            self.norm(torch.ones_like(slots).mT)
+        elif self.does == "draw":
+            slots = slots + torch.randn_like(slots)
+        elif self.does == "dropout":
+            slots = nn.functional.dropout(slots)
+        elif self.does == "python's":
+            slots = slots + random.random()
+        try:
+            assert_finite(slots)
+        except AssertionError:
+            slots = slots.nan_to_num()
+        if self.does == "a function apart":
+            torch._dynamo.graph_break()
+        return slots + split_last(self.to_q(slots), self.to_k(x), self.to_v(x))
+
+
+def assert_finite(x: Tensor) -> None:
+    if torch.isnan(x).any():
+        raise AssertionError("NaN")
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        "buffer",
+        "a part of it",
+        "a list",
+        "statistics",
+        "draw",
+        "dropout",
+        "python's",
+        "a function apart",
+        "an attribute before",
+    ],
+)
+def test_what_comes_before_a_failed_assertion_is_done_once(does: str):
+    args, found = (torch.randn(2, 7, 10), torch.randn(2, 8, 8)), []
+    for accelerated in (False, True):
+        torch.manual_seed(0), random.seed(0)
+        model = Counts(does)
+        if accelerated:
+            assert accelerate(model, *args).accelerated == [""]
+        with torch.no_grad():
+            model(args[0], args[1] * math.nan)
+        state = model.n, model.norm.running_mean, torch.get_rng_state()
+        found.append((*(x.tolist() for x in state), model.counted, random.getstate()))
+    assert str(found[0]) == str(found[1])  # NaN is NaN
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_nothing_before_an_assertion_leaves_it_in_the_trace(decorated: bool):
+    """Nor do writes to what the trace makes, an eval mode's dropout, an attribute, nor a decorator of torch's."""
+
+    class Writes(Asserts):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            self.steps = 3
+            slots = nn.functional.dropout(slots.clone().mul_(2), training=self.training)
+            return super().forward(x, slots)
+
+    if decorated:
+        Writes.forward = torch.autocast("cpu", enabled=False)(Writes.forward)
+    args = torch.randn(2, 7, 10), torch.randn(2, 3, 8)
+    model = Writes().eval()
+    assert accelerate(model, *args).entries[0].what.startswith("3 x slot_attention_from_inputs")
+    accelerate(model, *args)
+    with pytest.raises(AssertionError, match="NaN in iteration 0") as raised:
+        model(args[0], args[1] * math.nan)
+    assert raised.value.__context__ is None
+
+
+def test_calls_leave_nothing_in_the_context():
+    """What a thread's context keeps, it keeps for ever."""
+    model, args = Asserts(), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    accelerate(model, *args)
+    model(*args)
+    before = len(contextvars.copy_context())
+    for _ in range(100):
+        model(*args)
+    assert len(contextvars.copy_context()) == before
 
 
 class PrintsANumber(Iterations):

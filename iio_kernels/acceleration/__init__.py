@@ -230,11 +230,12 @@ class Accelerated:
         if self._traced is None:
             self._traced = torch.compile(_with_cache_of_its_own(self.plain), backend=_Compiler(self.log))
         try:
-            with our_rules(), quiet_traces():
+            with our_rules(self._traced), quiet_traces():
                 return self._traced(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, CheckFailed):
-            # It cannot be traced, or an assertion fails: the module's own code says what is wrong, or runs.
-            return self.plain(*args, **kwargs)
+            pass
+        # It cannot be traced, or an assertion fails: the module's own code says what is wrong, or runs.
+        return self.plain(*args, **kwargs)
 
     @property
     def plain(self) -> Callable:
@@ -280,6 +281,8 @@ def _with_cache_of_its_own(forward: Any) -> Callable:
         return forward
     own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
     own.__kwdefaults__ = f.__kwdefaults__
+    if hasattr(f, "__wrapped__"):
+        own.__wrapped__ = f.__wrapped__  # type: ignore[attr-defined]
     return types.MethodType(own, forward.__self__)
 
 
@@ -383,9 +386,10 @@ def _tried(fast: Accelerated, path: str, softmaxes: _Softmaxes, args: tuple, kwa
 
 def _stop(fast: Accelerated, args: tuple, kwargs: dict) -> str | None:
     """Where in a module's code torch.compile stops, and at what."""
+    traced = torch.compile(_with_cache_of_its_own(fast.plain), backend="eager", fullgraph=True)
     try:
-        with as_before(fast.module, args, kwargs), torch.inference_mode(False), our_rules():
-            torch.compile(_with_cache_of_its_own(fast.plain), backend="eager", fullgraph=True)(*args, **kwargs)
+        with as_before(fast.module, args, kwargs), torch.inference_mode(False), our_rules(traced):
+            traced(*args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
         frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith(TORCH)]
         at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a place it does not name"

@@ -4,7 +4,8 @@ It stops at some of what modules do between the steps of slot attention, and whe
 the whole function alone. Here
 
 - an assertion about tensors, or an `if` that raises, becomes a `check` in the graph, whatever its message; if it
-  fails, the module's own code is run, which raises;
+  fails, the module's own code is run from its beginning, which raises (the tracer stops, as it would, at an assertion
+  behind something that this would do twice: a write, a random draw, or whatever ran where the tracer had stopped);
 - NumPy's functions of numbers, `np.sqrt(q.shape[-1])` say, are computed when the code is traced;
 - where the tracer stops inside a loop, it goes on behind that place.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
+from torch.fx.node import Node, has_side_effect
+from torch.utils._pytree import tree_leaves
+
+from iio_kernels.acceleration.recognition import TORCH, _memory, example, written_by
 
 _ours = threading.local()
 
@@ -38,20 +44,24 @@ def check(condition: Tensor) -> None:
 
 
 @contextmanager
-def our_rules() -> Iterator[None]:
-    """Have torch.compile trace as it is said above."""
+def our_rules(forward: Callable) -> Iterator[None]:
+    """Have torch.compile trace as it is said above, where `forward` is what is called, and called again if a check
+    fails."""
     _install()
-    # Traced, NumPy's random numbers would be torch's.
-    with torch._dynamo.config.patch(trace_numpy=False):
-        before, _ours.active = active(), True
-        try:
-            yield
-        finally:
-            _ours.active = before
+    # Traced, NumPy's random numbers would be torch's. (`config.patch` makes a ContextVar at each call, which the
+    # thread's context keeps for ever. What is set here is this thread's too.)
+    config = torch._dynamo.config
+    before, numpy = _called(), config.trace_numpy
+    _ours.called, config.trace_numpy = forward, False
+    try:
+        yield
+    finally:
+        _ours.called, config.trace_numpy = before, numpy
 
 
-def active() -> bool:
-    return getattr(_ours, "active", False)
+def _called() -> Callable | None:
+    """What is traced by our rules in this thread, if anything."""
+    return getattr(_ours, "called", None)
 
 
 @functools.cache
@@ -73,7 +83,7 @@ def _put_before(cls: type, name: str, rule: Callable) -> None:
 
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = rule(self, *args, **kwargs) if active() else None
+        result = rule(self, *args, **kwargs) if _called() is not None else None
         return own(self, *args, **kwargs) if result is None else result
 
     setattr(cls, name, method)
@@ -96,6 +106,8 @@ def _checked(tracer: Any) -> bool | None:
     condition = tracer.stack[-1].realize()
     if not isinstance(condition, torch._dynamo.variables.TensorVariable) or not _raises(tracer, instruction.target):
         return None
+    if not _may_begin_again(tracer):
+        return None
     tracer.current_instruction = instruction
     tracer.pop()
     holds = condition.as_proxy()
@@ -112,6 +124,103 @@ def _raises(tracer: Any, target: Any) -> bool:
     inside = {id(instruction) for instruction in skipped}
     leaves = any(i.target is not None and id(i.target) not in inside for i in skipped)
     return bool(skipped) and skipped[-1].opname == "RAISE_VARARGS" and not leaves
+
+
+def _may_begin_again(tracer: Any) -> bool:
+    """Whether what was called can be called again in the midst of this trace: nothing ran before the trace, and
+    nothing in it so far writes to what outlives it or draws random numbers. (Attributes are set behind the graph.)"""
+    output = tracer.output
+    begun = any(code is output.root_tx.f_code for code in _first_codes(_called()))
+    if not begun or output.random_calls:
+        return False
+    nodes = [node for part in output.tracers for node in part.graph.nodes]
+    inputs = {_where(node) for node in nodes if node.op in ("placeholder", "get_attr")}
+    return not any(_draws(node) or any(_where(x) in inputs for x in _written(node)) for node in nodes)
+
+
+def _first_codes(function: Any) -> Iterator[types.CodeType]:
+    """The code that runs first when a function is called, be that of torch's decorators around it, as `no_grad` is."""
+    ours = False
+    while function is not None and not ours:
+        if isinstance(function, functools.partial):
+            function = function.func
+            continue
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            yield code
+            ours = not code.co_filename.startswith(TORCH)
+        function = getattr(function, "__wrapped__", None)
+
+
+def _where(node: Node) -> Any:
+    """What tells a tensor's memory from others'; of a sparse one it is not known."""
+    x = example(node)
+    return _memory(node) if isinstance(x, Tensor) and x.layout is torch.strided else None
+
+
+#: Functions that write to their second and third arguments, if their sixth, or one of this name, is true.
+STATISTICS = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}
+
+
+def _written(node: Node) -> list[Node]:
+    """The tensors that a function or method writes to."""
+    name = _name(node)
+    op = getattr(node.target, "default", node.target)
+    arguments: list[Node] = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, Node)]
+    if isinstance(op, torch._ops.HigherOrderOperator) or (
+        isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+    ):
+        return arguments
+    if name in STATISTICS:
+        return arguments if _argument(node, 5, *STATISTICS[name]) else []
+    if name.startswith("_foreach") and name.endswith("_"):
+        return arguments
+    written = written_by(node)
+    return [] if written is None else [written]
+
+
+#: Functions that draw random numbers.
+DRAWS = re.compile(
+    r"(rand|randn|randint|randperm)(_like)?|(log_|trunc_)?normal_?|bernoulli_?|multinomial|poisson|binomial|"
+    r"(exponential|cauchy|geometric|random|uniform)_|_standard_gamma|_sample_dirichlet|gumbel_softmax|"
+    r"fractional_max_pool\dd.*"
+)
+
+#: Those that do so if some of their arguments are not 0 or False: where these are, their names and defaults.
+DRAWS_IF = {
+    **dict.fromkeys(
+        [
+            f"{kind}dropout{to}"
+            for kind in ("", "alpha_", "feature_", "feature_alpha_")
+            for to in ("", "1d", "2d", "3d")
+        ],
+        ((1, "p", 0.5), (2, "training", True)),
+    ),
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), ((5, "dropout", 0.0), (6, "train", False))),
+    "rrelu": ((3, "training", False),),
+    "scaled_dot_product_attention": ((4, "dropout_p", 0.0),),
+    "multi_head_attention_forward": ((10, "dropout_p", 0.0), (13, "training", True)),
+}
+
+
+def _draws(node: Node) -> bool:
+    """Whether a function or method draws random numbers."""
+    op = getattr(node.target, "default", node.target)
+    if isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+        return True
+    name = _name(node)
+    conditions = DRAWS_IF.get(name.removesuffix("_"))
+    return bool((conditions and all(_argument(node, *where) for where in conditions)) or DRAWS.fullmatch(name))
+
+
+def _argument(node: Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _name(node: Node) -> str:
+    if not node.op.startswith("call"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 #: NumPy's functions that make a number of numbers, beside the element-wise ones.
