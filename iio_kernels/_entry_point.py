@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,5 +51,12 @@ class _Finder(importlib.metadata.DistributionFinder):
 
     @classmethod
     def find_distributions(cls, context: Any = None) -> Iterator[_Distribution]:
-        if context is None or context.name in (None, "iio_kernels", "iio-kernels"):
+        # Of other places than the path that modules are imported from, nothing is known.
+        here = context is None or context.path is sys.path or context.path == sys.path
+        if here and (context is None or _normal(context.name) in (None, "iio_kernels")):
             yield _Distribution()
+
+
+def _normal(name: str | None) -> str | None:
+    """A distribution's name with the spellings that mean the same made one."""
+    return None if name is None else re.sub(r"[-_.]+", "_", name).lower()

@@ -129,6 +129,30 @@ def test_the_backend_has_its_name_in_a_clone():
     assert done.returncode == 0, done.stderr
 
 
+IN_OTHER_PLACES = (
+    FROM_A_CLONE
+    + """
+from importlib.metadata import distributions, entry_points
+
+def names(**context):
+    return [found.metadata["Name"] for found in distributions(**context)]
+
+assert names(path=[EMPTY]) == names(path=[]) == names(name="torch", path=[EMPTY]) == []
+assert "iio_kernels" not in names(name="torch")
+for name in ("iio_kernels", "iio-kernels", "IIO.Kernels"):
+    assert names(name=name) == ["iio_kernels"], name
+assert names().count("iio_kernels") == names(path=list(sys.path)).count("iio_kernels") == 1
+assert [point.name for point in entry_points(group="torch_dynamo_backends", name="iio_kernels")] == ["iio_kernels"]
+assert "iio_kernels" in torch._dynamo.list_backends()
+"""
+)
+
+
+def test_other_places_hold_no_distribution(tmp_path):
+    done = run(f"EMPTY = {str(tmp_path)!r}\n{IN_OTHER_PLACES}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_backend_has_its_name_after_torch_has_looked(monkeypatch: pytest.MonkeyPatch):
     from torch._dynamo.backends import registry
 

@@ -92,9 +92,9 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     A module is recognised by what it computes, not by its name: softmax over slots of the products of queries with
     keys, perhaps in heads, masked or biased by slot, of several kinds of queries, written as `softmax`, by exponentials
     or logarithms; with an epsilon or two, normalised over inputs or by a sum bounded from below, times values; in any
-    order of dimensions. (Where exponentials overflow, the module's own code gives NaN, and ours the softmax.) Where
-    keys and values are linear in one input, they are not made any more (`slot_attention_from_inputs`). Everything else
-    in the module stays its own code: GRU, MLP, noise, control flow.
+    order of dimensions. (Where exponentials overflow, or all become 0, the module's own code gives NaN, and ours the
+    softmax.) Where keys and values are linear in one input, they are not made any more (`slot_attention_from_inputs`).
+    Everything else in the module stays its own code: GRU, MLP, noise, control flow.
 
     The module's `forward` is traced by torch.compile with a compiler that replaces slot attention and nothing else;
     torch.compile's guards trace it again where anything that it depends on has changed (a shape, a number of
