@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import random
 import types
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def teacher(m: Attention, x: Tensor) -> None:
 
 
 def own_weights(m: Attention, x: Tensor) -> None:
-    m.to_k.weight.data.div_(m.to_k.weight.data.norm())
+    m.to_k.weight.data.div_(m.to_k.weight.data.norm()).mul_(m.to_k.bias.data.add_(0.1).norm())
 
 
 def containers(m: Attention, x: Tensor) -> None:
@@ -155,21 +156,35 @@ def parts(m: Attention) -> dict[str, Any]:
 
 
 def assert_same_bits(now: Any, before: Any, where: str) -> None:
+    def same(x: Tensor, y: Tensor) -> None:
+        x, y = (x.detach().to_dense() if x.is_sparse else x.detach() for x in (x, y))
+        assert x.dtype == y.dtype and torch.equal(x, y), where  # noqa: PT018
+
+    _assert_same(now, before, where, same)
+
+
+def assert_alike(now: Any, before: Any, where: str) -> None:
+    """Tensors up to rounding, objects that know no equality not at all, and all else to the bit."""
+    _assert_same(
+        now, before, where, functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5), identity=False
+    )
+
+
+def _assert_same(now: Any, before: Any, where: str, same: Callable, identity: bool = True) -> None:
     assert type(now) is type(before), where
     if isinstance(now, (dict, collections.OrderedDict)):
         assert list(now) == list(before), where
         for key in now:
-            assert_same_bits(now[key], before[key], f"{where} {key}")
+            _assert_same(now[key], before[key], f"{where} {key}", same, identity)
     elif isinstance(now, (list, tuple, collections.deque)):
         assert len(now) == len(before), where
         for i, pair in enumerate(zip(now, before, strict=True)):
-            assert_same_bits(*pair, f"{where} {i}")
+            _assert_same(*pair, f"{where} {i}", same, identity)
     elif isinstance(now, Tensor):
-        now, before = (x.detach().to_dense() if x.is_sparse else x.detach() for x in (now, before))
-        assert now.dtype == before.dtype and torch.equal(now, before), where  # noqa: PT018
+        same(now, before)
     elif isinstance(now, np.ndarray):
         assert np.array_equal(now, before), where
-    else:
+    elif identity or type(now).__eq__ is not object.__eq__:
         assert now is before or now == before, where
 
 
@@ -247,8 +262,82 @@ def test_the_first_call_happens_once(change: Callable):
         found.append((out, {name: x for name, x in now.items() if not callable(x)}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     assert found[0][1].keys() == found[1][1].keys()
-    for name, x in found[0][1].items():
-        torch.testing.assert_close(x, found[1][1][name], rtol=1e-4, atol=1e-5) if isinstance(x, Tensor) else None
+    assert_alike(found[1][1], found[0][1], "")
+
+
+def grown_array(m: Attention, x: Tensor) -> None:
+    m.array.resize(len(m.array) + 1, refcheck=False)
+    m.array[-1] = 1
+
+
+def other_array(m: Attention, x: Tensor) -> None:
+    m.array += 1
+    m.array.dtype = np.int32
+    m.array.flags.writeable = False
+
+
+@pytest.mark.parametrize("change", [grown_array, other_array])
+def test_arrays_keep_their_shape_and_dtype(change: Callable):
+    model, array = Around(change), np.arange(3, dtype=np.float32)
+    model.attention.array = array
+    accelerate(model, torch.randn(4, 64, 8))
+    assert model.attention.array is array
+    assert array.dtype == np.float32
+    assert array.flags.writeable
+    assert array.tolist() == [0, 1, 2]
+
+
+def test_arrays_that_did_not_change_are_not_written_to():
+    written = []
+
+    class Counting(np.ndarray):
+        def __array_function__(self, func: Callable, *args: Any) -> Any:
+            written.append(func)
+            return super().__array_function__(func, *args)
+
+    model = Around(nothing)
+    model.attention.array = np.zeros(3).view(Counting)
+    accelerate(model, torch.randn(4, 64, 8))
+    assert np.copyto not in written
+
+
+def test_all_is_put_back_though_one_thing_cannot_be():
+    """Whatever that is is raised."""
+
+    class Stubborn(nn.Module):
+        __slots__ = ("state",)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "state" and value == 0:
+                raise ValueError("not again")
+            super().__setattr__(name, value)
+
+    model = Around(stubbornly, counts=[0])
+    model.attention.stubborn = Stubborn()
+    nn.Module.__setattr__(model.attention.stubborn, "state", 0)
+    with pytest.raises(ValueError, match="not again"):
+        accelerate(model, torch.randn(4, 64, 8))
+    assert model.attention.counts == [0]
+    assert "forward" not in vars(model.attention)
+
+
+def stubbornly(m: Attention, x: Tensor) -> None:
+    m.stubborn.state = 1
+    m.counts[0] += 1
+
+
+def makes_globals(m: Attention, x: Tensor) -> None:
+    global MADE
+    MADE = globals().get("MADE", 0) + 1
+
+
+def test_globals_that_a_trial_makes_are_gone():
+    accelerate(Around(makes_globals), torch.randn(4, 64, 8))
+    assert "MADE" not in globals()
+    model = Around(makes_globals)
+    accelerate(model)
+    model(torch.randn(4, 64, 8))
+    assert globals().pop("MADE") == 1
 
 
 # -- what surrounds the model

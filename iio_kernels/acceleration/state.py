@@ -6,9 +6,9 @@
                         .grad, requires_grad, hooks and the version that autograd counts
     nn.Module           attributes, of which parameters, buffers, submodules, hooks and `training` are some
     list, dict, set...  what is in it, in its order
-    NumPy's arrays      what is in them
+    NumPy's arrays      what is in them, their shape and dtype
     generators          the states of torch's, NumPy's and Python's own, and of any that are found
-    functions           of hooks and methods: closures, attributes, and the globals that their code names
+    functions           of hooks and methods: closures, attributes, and the globals that their code names or makes
     objects             attributes, where their class comes from where the model's modules do, or they are hooks
 
 Whatever was changed is put back in place, so that everyone who holds it sees it; what was not is not written to, and
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dis
 import functools
 import itertools
 import random
@@ -98,9 +99,15 @@ class _Kept:
 
     def put_back(self) -> None:
         # The last first: a tensor has its shape again before its gradient is set.
+        failed: list[Exception] = []
         with _plain_tensors():
             for undo in reversed(self.undo):
-                undo()
+                try:
+                    undo()
+                except Exception as error:  # what is left to put back is, whatever this was
+                    failed.append(error)
+        if failed:
+            raise failed[0]
 
     # -- by kind
 
@@ -222,13 +229,26 @@ class _Kept:
             # Functions lead on within their file. Classes and other objects might lead anywhere.
             if isinstance(value, DATA) or (isinstance(value, types.FunctionType) and value.__globals__ is of):
                 self.left.append(value)
+        for name in _stored_globals(x.__code__) - of.keys():
+            self.undo.append(functools.partial(of.pop, name, None))
 
     def _keep_array(self, x: np.ndarray) -> None:
         if x.dtype.hasobject:
             self.left += x.ravel().tolist()
         if x.flags.writeable and not isinstance(x, np.memmap):
             before = x.copy()
-            self.undo.append(lambda: np.copyto(x, before))
+
+            def undo() -> None:
+                if not x.flags.writeable:
+                    x.flags.writeable = True
+                if x.dtype != before.dtype:
+                    x.dtype = before.dtype
+                if x.shape != before.shape:
+                    x.resize(before.shape, refcheck=False)
+                if not _same_bytes(x, before):
+                    np.copyto(x, before)
+
+            self.undo.append(undo)
 
     def _keep_tensor(self, x: Tensor) -> None:
         self.left += [x.__dict__, x._backward_hooks]
@@ -323,9 +343,24 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+STORES = dis.opmap["STORE_GLOBAL"]
+
+
+def _stored_globals(code: types.CodeType) -> set[str]:
+    """The globals that a function's code may make, and that of the functions in it."""
+    inner = (_stored_globals(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    own = dis.get_instructions(code) if STORES in code.co_code else ()  # which takes long
+    return {instruction.argval for instruction in own if instruction.opcode == STORES}.union(*inner)
+
+
 def _place(x: Tensor) -> tuple[Any, ...]:
     # Not its shape, which a lazy parameter has none of.
     return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride(), x.dtype, x.device
+
+
+def _same_bytes(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether arrays of one shape and dtype hold the same, NaN and the signs of zeros included."""
+    return x.tobytes() == y.tobytes()
 
 
 def _bytes(x: torch.UntypedStorage) -> Tensor:
