@@ -340,6 +340,23 @@ def test_globals_that_a_trial_makes_are_gone():
     assert globals().pop("MADE") == 1
 
 
+class Draws(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.python.random())
+
+
+def test_a_generator_of_its_own_draws_at_every_call():
+    x, found = torch.ones(4, 64, 8), []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = Draws(nothing, python=random.Random(1))
+        if accelerated:
+            assert accelerate(model, x).accelerated == [""]
+        found.append([model(x).sum().item() for _ in range(3)])
+    assert len({round(value, 3) for value in found[0]}) == 3
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 # -- what surrounds the model
 
 

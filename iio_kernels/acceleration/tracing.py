@@ -7,7 +7,9 @@ the whole function alone. Here
   fails, the module's own code is run from its beginning, which raises (the tracer stops, as it would, at an assertion
   behind something that this would do twice: a write, a random draw, or whatever ran where the tracer had stopped);
 - NumPy's functions of numbers, `np.sqrt(q.shape[-1])` say, are computed when the code is traced;
-- where the tracer stops inside a loop, it goes on behind that place.
+- where the tracer stops inside a loop, it goes on behind that place;
+- it stops at operations on NumPy's arrays, which it would carry out, `array += 1` too, and at draws from a
+  `random.Random`, which it would repeat at every call.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import operator
 import re
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,11 +70,14 @@ def _called() -> Callable | None:
 def _install() -> None:
     """Put our rules before the tracer's own; outside `our_rules` its own count."""
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase as Tracer
-    from torch._dynamo.variables.misc import NumpyVariable
+    from torch._dynamo.variables.builtin import BuiltinVariable
+    from torch._dynamo.variables.misc import NumpyVariable, RandomVariable
 
     _put_before(Tracer, "step", _checked)
     _put_before(Tracer, "maybe_has_backedge", lambda tracer: False)
     _put_before(NumpyVariable, "call_function", _computed)
+    _put_before(BuiltinVariable, "call_function", _of_arrays)
+    _put_before(RandomVariable, "call_method", _drawn)
 
 
 def _put_before(cls: type, name: str, rule: Callable) -> None:
@@ -241,6 +246,21 @@ def _computed(variable: Any, tracer: Any, args: list[Any], kwargs: dict[str, Any
     if not isinstance(result, (np.generic, int, float)):
         return None
     return torch._dynamo.variables.ConstantVariable.create(result.item() if isinstance(result, np.generic) else result)
+
+
+def _of_arrays(_: Any, tracer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """An operator's or built-in function's call: on an array it is not made while the code is traced."""
+    from torch._dynamo.variables.misc import NumpyVariable
+
+    for x in args:
+        x = x.realize()
+        if isinstance(x, NumpyVariable) and isinstance(x.value, np.ndarray):
+            raise torch._dynamo.exc.Unsupported("an operation on a NumPy array")
+
+
+def _drawn(*_: Any) -> None:
+    """A method of a `random.Random`."""
+    raise torch._dynamo.exc.Unsupported("a method of a random.Random")
 
 
 def _known(variable: Any) -> Any:
