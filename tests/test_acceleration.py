@@ -430,6 +430,28 @@ def test_spellings_on_triton(attend: Callable[..., Tensor], monkeypatch: pytest.
     assert_same(model, args, {}, 2**-23)
 
 
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        lambda model: model.to_k.register_forward_hook(lambda module, args, out: 2 * out),
+        lambda model: model.to_q.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        lambda model: model.to_v.register_full_backward_hook(lambda module, grads, _: (3 * grads[0],)),
+    ],
+    ids=["forward", "pre", "backward"],
+)
+def test_hooks_that_come_later_count(hooked: Callable[[nn.Module], object]):
+    plain, args = Step(split_last), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    model = copy.deepcopy(plain)
+    assert accelerate(model, *args).accelerated == [""]
+    before = results(model, args, {})
+    handles = [hooked(module) for module in (model, plain)]
+    for x, y in zip(results(model, args, {}), results(plain, args, {}), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    handles[0].remove()
+    for x, y in zip(results(model, args, {}), before, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("attend", [background, background_without_a_mean], ids=lambda f: f.__name__)
 def test_keys_without_a_bias_are_the_same_in_every_view(attend: Callable[..., Tensor]):
     model, args = Step(attend), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))

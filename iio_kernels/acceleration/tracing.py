@@ -45,20 +45,31 @@ def check(condition: Tensor) -> None:
         raise CheckFailed
 
 
+#: Of torch.compile, while it traces by our rules.
+SETTINGS = {
+    "trace_numpy": False,  # traced, NumPy's random numbers would be torch's
+    "skip_nnmodule_hook_guards": False,  # hooks that come after a trace count
+}
+
+
 @contextmanager
 def our_rules(forward: Callable) -> Iterator[None]:
     """Have torch.compile trace as it is said above, where `forward` is what is called, and called again if a check
     fails."""
     _install()
-    # Traced, NumPy's random numbers would be torch's. (`config.patch` makes a ContextVar at each call, which the
-    # thread's context keeps for ever. What is set here is this thread's too.)
+    # `config.patch` makes a ContextVar at each call, which the thread's context keeps for ever. What is set here is
+    # this thread's too.
     config = torch._dynamo.config
-    before, numpy = _called(), config.trace_numpy
-    _ours.called, config.trace_numpy = forward, False
+    before, settings = _called(), {name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}
+    _ours.called = forward
     try:
+        for name in settings:
+            setattr(config, name, SETTINGS[name])
         yield
     finally:
-        _ours.called, config.trace_numpy = before, numpy
+        _ours.called = before
+        for name, value in settings.items():
+            setattr(config, name, value)
 
 
 def _called() -> Callable | None:
