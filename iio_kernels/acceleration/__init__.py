@@ -111,7 +111,8 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     first proof alone.)
 
     Assertions about tensors, an `if` that raises and NumPy's functions of shapes do not stop the tracer; should an
-    assertion fail, the module's own code is run, and raises. Where the tracer stops inside a loop, at `.item()` say, it
+    assertion fail, the module's own code is run, and raises. (The tracer does stop at an assertion behind a write to a
+    buffer or a random draw, which would happen twice.) Where the tracer stops inside a loop, at `.item()` say, it
     goes on behind that place. Where that leaves a softmax without its mean, the report gives the file and line.
 
     Args:

@@ -242,7 +242,7 @@ class _Kept:
                 if not x.flags.writeable:
                     x.flags.writeable = True
                 if x.dtype != before.dtype:
-                    x.dtype = before.dtype
+                    x.dtype = before.dtype  # type: ignore[misc]
                 if x.shape != before.shape:
                     x.resize(before.shape, refcheck=False)
                 if not _same_bytes(x, before):
