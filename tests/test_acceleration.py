@@ -452,6 +452,27 @@ def test_hooks_that_come_later_count(hooked: Callable[[nn.Module], object]):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_learnt_temperature_is_no_softmax():
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_temperature = nn.Parameter(torch.randn(()))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            A = (q @ k.mT * self.log_temperature.exp()).softmax(-2) + 1e-8
+            return A / A.sum(-1, keepdim=True) @ v
+
+    args = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    (entry,) = accelerate(Tempered(), *args).entries
+    assert entry.what.startswith("1 x slot_attention"), entry.what
+
+
+def test_what_is_no_module_is_refused():
+    for function in (accelerate, restore):
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+            function(3)
+
+
 @pytest.mark.parametrize("attend", [background, background_without_a_mean], ids=lambda f: f.__name__)
 def test_keys_without_a_bias_are_the_same_in_every_view(attend: Callable[..., Tensor]):
     model, args = Step(attend), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))

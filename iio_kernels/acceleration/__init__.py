@@ -98,8 +98,8 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     The module's `forward` is traced by torch.compile with a compiler that replaces slot attention and nothing else;
     torch.compile's guards trace it again where anything that it depends on has changed (a shape, a number of
-    iterations, train or eval, autocast). Parameters, state_dict, hooks and submodules are untouched. What is replaced
-    is proved first:
+    iterations, train or eval, autocast, hooks). As in torch.compile, a method that is replaced on a class later is not
+    seen. Parameters, state_dict, hooks and submodules are untouched. What is replaced is proved first:
 
     - each replaced step, whenever it is traced, against the module's own in float64, on random numbers: outputs and
       gradients to 1e-10;
@@ -149,8 +149,7 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         >>> print(report)
         slot_attention  SlotAttention  accelerated  3 x slot_attention_from_inputs (eps 1e-08 in weights)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if args or kwargs:
         report = Report()
         _accelerate(model, args, kwargs, report)
@@ -188,8 +187,18 @@ class _FirstCall:
             model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module in `model` has its own forward again."""
+    """Undo `accelerate`: every module in `model` has its own forward again.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module(model)
     for module in model.modules():
         _FirstCall.remove(module)
     for module in model.modules():
@@ -565,7 +574,7 @@ class _Watch(TorchDispatchMode):
         """Whether exponentials are divided by their sum, a softmax that is written out; keeps account of both, and of
         logarithms of softmaxes, whose exponentials are no such thing."""
         x, by = ([x for x in args if isinstance(x, Tensor)] + [None, None])[:2]
-        if x is None:
+        if x is None or name.startswith("_softmax"):  # of logits that a learnt temperature, an exponential, scales
             return False
         if name.startswith(("_log_softmax", "logsumexp")):
             self.logarithms[out] = True
