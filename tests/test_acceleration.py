@@ -452,6 +452,31 @@ def test_hooks_that_come_later_count(hooked: Callable[[nn.Module], object]):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def autocast_state() -> tuple[object, ...]:
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return nesting, torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+
+
+def test_an_assertion_that_fails_in_autocast_leaves_it():
+    """Or parameters would go on as they were cast then."""
+
+    class Checked(Step):
+        def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                updates = super().forward(x, slots)
+                assert not torch.isnan(x).any()
+            return updates
+
+    model, args = Checked(split_last), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    assert accelerate(model, *args).accelerated == [""]
+    before = autocast_state()
+    with pytest.raises(AssertionError):
+        model(args[0] * math.nan, args[1])
+    assert autocast_state() == before
+    assert_same(model, args, {}, 2**-8)
+
+
 def test_a_learnt_temperature_is_no_softmax():
     class Tempered(nn.Module):
         def __init__(self) -> None:

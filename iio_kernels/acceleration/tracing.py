@@ -72,6 +72,32 @@ def our_rules(forward: Callable) -> Iterator[None]:
             setattr(config, name, value)
 
 
+@contextmanager
+def autocast_as_before() -> Iterator[None]:
+    """Leave the regions of autocast that an exception is raised in.
+
+    A graph enters and leaves them by calls. Where an exception comes between, autocast would stay on, and its cache
+    would go on giving parameters as they were then.
+    """
+    devices = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
+    before = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    cached, depth = torch.is_autocast_cache_enabled(), torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    try:
+        yield
+    except BaseException:
+        torch.autocast_increment_nesting()
+        while torch.autocast_decrement_nesting() > depth:
+            pass
+        if depth == 0:
+            torch.clear_autocast_cache()
+        for device, (enabled, dtype) in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        raise
+
+
 def _called() -> Callable | None:
     """What is traced by our rules in this thread, if anything."""
     return getattr(_ours, "called", None)
