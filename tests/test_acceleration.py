@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import gc
@@ -452,29 +453,43 @@ def test_hooks_that_come_later_count(hooked: Callable[[nn.Module], object]):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def autocast_state() -> tuple[object, ...]:
+def modes() -> tuple[object, ...]:
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    return nesting, torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+    return nesting, torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
 
 
-def test_an_assertion_that_fails_in_autocast_leaves_it():
-    """Or parameters would go on as they were cast then."""
+@pytest.mark.parametrize(
+    ("region", "called_in"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext),
+        (lambda: torch.autocast("cpu", enabled=False), lambda: torch.autocast("cpu", torch.bfloat16)),
+        (torch.no_grad, contextlib.nullcontext),
+        (torch.enable_grad, torch.no_grad),
+    ],
+    ids=["autocast", "no autocast", "no_grad", "enable_grad"],
+)
+def test_a_check_that_fails_in_a_region_leaves_it(region: Callable, called_in: Callable):
+    """Or gradients would stay off, and parameters go on as they were cast then."""
 
     class Checked(Step):
         def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                updates = super().forward(x, slots)
-                assert not torch.isnan(x).any()
-            return updates
+            updates = super().forward(x, slots)
+            with region():
+                doubled = 2 * updates
+                if torch.isnan(doubled).any():
+                    raise ArithmeticError
+            return updates + 0 * doubled
 
-    model, args = Checked(split_last), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
-    assert accelerate(model, *args).accelerated == [""]
-    before = autocast_state()
-    with pytest.raises(AssertionError):
-        model(args[0] * math.nan, args[1])
-    assert autocast_state() == before
-    assert_same(model, args, {}, 2**-8)
+    model, (x, slots) = Checked(split_last), (torch.randn(2, 7, 10), torch.randn(2, 3, 8))
+    assert accelerate(model, x, slots).accelerated == [""]
+    with called_in():
+        model(x, slots)
+        before = modes()
+        with pytest.raises(ArithmeticError):
+            model(x * math.nan, slots)
+        assert modes() == before
+    assert model(x, slots).requires_grad
 
 
 def test_a_learnt_temperature_is_no_softmax():

@@ -23,7 +23,7 @@ from iio_kernels.acceleration.quiet import quiet, quiet_traces
 from iio_kernels.acceleration.recognition import ESCAPES, OTHERWISE, TORCH, Reason
 from iio_kernels.acceleration.rewriting import counted
 from iio_kernels.acceleration.state import as_before
-from iio_kernels.acceleration.tracing import CheckFailed, autocast_as_before, our_rules
+from iio_kernels.acceleration.tracing import CheckFailed, modes_as_before, our_rules
 
 #: How many of a module's ancestors are tried where it is given keys and values, for the one that makes them.
 LEVELS = 2
@@ -240,7 +240,7 @@ class Accelerated:
         if self._traced is None:
             self._traced = torch.compile(_with_cache_of_its_own(self.plain), backend=_Compiler(self.log))
         try:
-            with our_rules(self._traced), quiet_traces(), autocast_as_before():
+            with our_rules(self._traced), quiet_traces(), modes_as_before():
                 return self._traced(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, CheckFailed):
             pass

@@ -73,12 +73,13 @@ def our_rules(forward: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def autocast_as_before() -> Iterator[None]:
-    """Leave the regions of autocast that an exception is raised in.
+def modes_as_before() -> Iterator[None]:
+    """Leave the regions of `no_grad`, `enable_grad` and autocast that an exception is raised in.
 
-    A graph enters and leaves them by calls. Where an exception comes between, autocast would stay on, and its cache
-    would go on giving parameters as they were then.
+    A graph enters and leaves them by calls. Where an exception comes between, gradients would stay off, or autocast on,
+    whose cache would go on giving parameters as they were then.
     """
+    gradients = torch.is_grad_enabled()
     devices = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
     before = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
     cached, depth = torch.is_autocast_cache_enabled(), torch.autocast_increment_nesting() - 1
@@ -86,6 +87,7 @@ def autocast_as_before() -> Iterator[None]:
     try:
         yield
     except BaseException:
+        torch.set_grad_enabled(gradients)
         torch.autocast_increment_nesting()
         while torch.autocast_decrement_nesting() > depth:
             pass
