@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import test_data_clevr as clevr
 import torch
-from test_train import PLAIN, SCORE, assert_same_tensors, call
+from test_train import PLAIN, SCORE, assert_refused_before_any_work, assert_same_tensors, call
 
 import train
 from data import DATASETS
@@ -187,10 +187,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *arguments) == 2
-    assert words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()), "nothing was begun"
+    assert_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

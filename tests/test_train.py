@@ -51,6 +51,14 @@ def start(*arguments):
     )
 
 
+def assert_refused_before_any_work(arguments, words, folder, monkeypatch, capsys):
+    """train.py says so, and leaves nothing in the empty folder where it is run."""
+    monkeypatch.chdir(folder)
+    assert call(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not list(folder.iterdir()), "nothing was begun"
+
+
 class Killed(BaseException):
     """Nothing catches it."""
 
@@ -373,10 +381,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *arguments) == 2
-    assert words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir()), "nothing was begun"
+    assert_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys)
 
 
 #: What there is besides Slot Attention that discovers the objects of Tetrominoes, at toy sizes.
