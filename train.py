@@ -62,7 +62,7 @@ except ImportError:  # Windows: nothing keeps two processes out of one folder
     fcntl = None
 
 import iio_kernels
-from data import DATASETS, DataError, ResidentScenes, Scenes, load, scores
+from data import DATASETS, DataError, ResidentScenes, Scenes, load, metrics
 from data.properties import kinds
 from models import initial_weights
 from models.dspn import DSPN, REPRESENTATION_WEIGHT
@@ -1239,11 +1239,11 @@ def score_masks(
         sizes = dict(num_true=source.num_entities, num_pred=masks.shape[1])
         predicted = masks.argmax(1)
         each = {
-            "ari": scores.adjusted_rand_index(truth, predicted, **sizes),
-            "fg_ari": scores.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True),
-            "miou": scores.mean_iou(truth, predicted, **sizes),
-            "mbo": scores.mean_best_overlap(truth, predicted, **sizes),
-            "mse": scores.mean_squared_error(reconstruction, image * 2 - 1),
+            "ari": metrics.adjusted_rand_index(truth, predicted, **sizes),
+            "fg_ari": metrics.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True),
+            "miou": metrics.mean_iou(truth, predicted, **sizes),
+            "mbo": metrics.mean_best_overlap(truth, predicted, **sizes),
+            "mse": metrics.mean_squared_error(reconstruction, image * 2 - 1),
         }
         sums += torch.stack([each[name].double().sum() for name in SCORES["discovery"]]).cpu()
     if num_ranks() > 1:
@@ -1267,11 +1267,11 @@ def score_sets(
         parts = [part for row in in_order for part in row if part is not None]
     predicted, objects = (torch.cat(x) for x in zip(*parts, strict=True))
     distances = [(name, float(name.removeprefix("ap_"))) for name in SCORES["set-prediction"] if name != "loss"]
-    scored = {name: scores.average_precision(predicted, objects, distance) for name, distance in distances}
+    scored = {name: metrics.average_precision(predicted, objects, distance) for name, distance in distances}
     scored["loss"] = set_loss(predicted, objects, config.coordinate_scale).item()
     counts = (objects[..., -1] > 0.5).sum(1)
     by_objects = {
-        int(n): {name: scores.average_precision(predicted[counts == n], objects[counts == n], distance)
+        int(n): {name: metrics.average_precision(predicted[counts == n], objects[counts == n], distance)
                  for name, distance in distances}
         for n in counts.unique()
     }  # fmt: skip

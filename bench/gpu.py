@@ -43,13 +43,13 @@ from iio_kernels import (
     slot_attention_module,
     spatial_mixture,
 )
-from iio_kernels._backends import BACKENDS
-from iio_kernels.ops.broadcast import spec as broadcast_spec
-from iio_kernels.ops.composition import spec as composition_spec
-from iio_kernels.ops.inpainting import spec as inpainting_spec
-from iio_kernels.ops.iterations import spec as iterations_spec
-from iio_kernels.ops.mixture import spec as mixture_spec
-from iio_kernels.ops.slot_attention import spec as attention_spec
+from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing import broadcast_conv2d as broadcast_spec
+from iio_kernels.testing import compose as composition_spec
+from iio_kernels.testing import iio_loss as inpainting_spec
+from iio_kernels.testing import slot_attention as attention_spec
+from iio_kernels.testing import slot_attention_module as iterations_spec
+from iio_kernels.testing import spatial_mixture as mixture_spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = "cuda" if DEVICE == "cuda" else "toy"
@@ -147,11 +147,11 @@ def build() -> dict[str, Any]:
 
 SPECS = {
     "slot_attention": attention_spec,
-    "inpainting": inpainting_spec,
-    "composition": composition_spec,
-    "broadcast": broadcast_spec,
-    "iterations": iterations_spec,
-    "mixture": mixture_spec,
+    "iio_loss": inpainting_spec,
+    "compose": composition_spec,
+    "broadcast_conv2d": broadcast_spec,
+    "slot_attention_module": iterations_spec,
+    "spatial_mixture": mixture_spec,
 }
 CASES = [(operation, case) for operation, spec in SPECS.items() for case in spec.BENCHMARKS[SIZES]]
 
@@ -167,16 +167,16 @@ def inputs_of(operation: str, case: Any) -> tuple[tuple[Tensor, ...], Tensor | N
         q, k, v, dU = (new(*case.batch, n, D) for n, D in (
             (case.K, case.Dk), (case.N, case.Dk), (case.N, case.Dv), (case.K, case.Dv)))  # fmt: skip
         return (q, k, v), dU
-    if operation == "broadcast":
+    if operation == "broadcast_conv2d":
         (z, weight, position_map), _ = case.make(torch.float32, DEVICE)
         return (z, weight, position_map), new(*case.batch, *case.result)
-    if operation == "iterations":
+    if operation == "slot_attention_module":
         (x, slots, weights, _), _ = case.make(torch.float32, DEVICE)
         return (x, slots, *weights), new(*slots.shape)
-    if operation == "mixture":
+    if operation == "spatial_mixture":
         return case.make(torch.float32, DEVICE)[0], None
     image = new(case.B, case.C, case.H, case.W).sigmoid()
-    if operation == "inpainting":
+    if operation == "iio_loss":
         return (image, new(case.B, case.K, case.H, case.W).softmax(1)), None
     decoded = new(case.B, case.K, case.H, case.W, case.C + 1).permute(0, 1, 4, 2, 3)
     return (image, decoded if case.channels_last else decoded.contiguous()), None
@@ -198,11 +198,11 @@ def call_of(operation: str, case: Any, dtype: torch.dtype, arithmetic: torch.dty
     tensors, incoming = inputs_of(operation, case)
     function = {
         "slot_attention": slot_attention,
-        "inpainting": functools.partial(iio_loss, reduction="none"),
-        "composition": functools.partial(composition_error, reduction="none"),
-        "broadcast": broadcast_conv2d,
-        "iterations": functools.partial(module, iterations=getattr(case, "T", None)),
-        "mixture": mixture,
+        "iio_loss": functools.partial(iio_loss, reduction="none"),
+        "compose": functools.partial(composition_error, reduction="none"),
+        "broadcast_conv2d": broadcast_conv2d,
+        "slot_attention_module": functools.partial(module, iterations=getattr(case, "T", None)),
+        "spatial_mixture": mixture,
     }[operation]
     return differentiated(
         functools.partial(function, **case.options, backend=backend),
@@ -270,31 +270,31 @@ def sanitize() -> dict[str, Any]:
             inputs, options = case.make(dtype, DEVICE)
             differentiated(lambda *x, o=options, b=backend: slot_attention(*x, **o, backend=b), inputs)()
             ran.append(f"slot_attention, {dtype}, {backend}, joint heads: {joint}")
-    for backend in serving("inpainting"):
+    for backend in serving("iio_loss"):
         for K, H, W in ((3, 37, 41), (9, 12, 13)):
             inputs, options = inpainting_spec.Case("odd", B=2, K=K, H=H, W=W).make(torch.float32, DEVICE)
             for name in ("iio_loss", "conditional_entropies", "inpaint"):
                 function = getattr(iio_kernels, name)
                 differentiated(lambda *x, o=options, f=function, b=backend: f(*x, **o, backend=b), inputs)()
                 ran.append(f"{name}, K{K}, {backend}")
-    for backend in serving("composition"):
+    for backend in serving("compose"):
         for channels_last in (False, True):
             case = composition_spec.Case("odd", K=5, H=35, W=37, channels_last=channels_last)
             inputs, _ = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, b=backend: composition_error(*x, backend=b), inputs)()
             ran.append(f"composition, {backend}, channels last: {channels_last}")
-    for backend in serving("mixture"):
+    for backend in serving("spatial_mixture"):
         for channels_last in (False, True):
             case = mixture_spec.Case("odd", K=5, H=35, W=37, channels_last=channels_last)
             inputs, _ = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, b=backend: mixture(*x, backend=b), inputs)()
             ran.append(f"mixture, {backend}, channels last: {channels_last}")
-    for backend in serving("broadcast"):
+    for backend in serving("broadcast_conv2d"):
         for case in broadcast_spec.CASES[::6]:  # some of each kind
             inputs, options = case.make(torch.float32, DEVICE)
             differentiated(lambda *x, o=options, b=backend: broadcast_conv2d(*x, **o, backend=b), inputs)()
             ran.append(f"broadcast, {backend}, {case.name}")
-    for backend in serving("iterations"):
+    for backend in serving("slot_attention_module"):
         for dtype in (torch.float32, torch.bfloat16):
             (x, slots, weights, T), _ = iterations_spec.Case("odd", K=5, N=83, Dx=24, D=40).make(dtype, DEVICE)
             differentiated(lambda *x, b=backend, t=T: module(*x, iterations=t, backend=b), (x, slots, *weights))()
@@ -353,18 +353,18 @@ def variants() -> Iterator[Variant]:
                     yield variant._replace(label=f"{way} {field} x{factor:g}", settings={"tile": (way, field, factor)})
             else:
                 several = {
-                    "inpainting": (
+                    "iio_loss": (
                         {"LINES": (32, 512)}, {"LINES": (128, 512)}, {"SETS": (256, 256)},
                     ),
-                    "composition": (
+                    "compose": (
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"NUMBERS": 4096, "WARPS": 2},
                         {"NUMBERS": 8192, "WARPS": 4},
                     ),
-                    "mixture": ({"NUMBERS": 256}, {"NUMBERS": 1024}, {"NUMBERS": 1024, "WARPS": 2}),
-                    "broadcast": (
+                    "spatial_mixture": ({"NUMBERS": 256}, {"NUMBERS": 1024}, {"NUMBERS": 1024, "WARPS": 2}),
+                    "broadcast_conv2d": (
                         {"NUMBERS": 1024}, {"NUMBERS": 4096}, {"WARPS": 2}, {"WARPS": 8}, {"GROUP": 4}, {"GROUP": 16},
                     ),
-                    "iterations": (
+                    "slot_attention_module": (
                         {"SMALL": (32, 8)}, {"SMALL": (64, 4)}, {"LARGE": (32, 8)}, {"LARGE": (16, 4)},
                     ),
                 }[operation]  # fmt: skip

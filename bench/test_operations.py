@@ -19,12 +19,12 @@ from iio_kernels import (
     slot_attention_module,
     spatial_mixture,
 )
-from iio_kernels.ops.broadcast.spec import BENCHMARKS as BROADCAST
-from iio_kernels.ops.composition.spec import BENCHMARKS as COMPOSITION
-from iio_kernels.ops.inpainting.spec import BENCHMARKS as IIO
-from iio_kernels.ops.iterations.spec import BENCHMARKS as ITERATIONS
-from iio_kernels.ops.mixture.spec import BENCHMARKS as MIXTURE
-from iio_kernels.ops.slot_attention.spec import BENCHMARKS as ATTENTION
+from iio_kernels.testing.broadcast_conv2d import BENCHMARKS as BROADCAST
+from iio_kernels.testing.compose import BENCHMARKS as COMPOSITION
+from iio_kernels.testing.iio_loss import BENCHMARKS as IIO
+from iio_kernels.testing.slot_attention import BENCHMARKS as ATTENTION
+from iio_kernels.testing.slot_attention_module import BENCHMARKS as ITERATIONS
+from iio_kernels.testing.spatial_mixture import BENCHMARKS as MIXTURE
 from tests import literal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

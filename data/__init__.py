@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from . import scores
+from . import metrics
 from .clevr import PictureFolder
 from .clevr_like import ClevrLikeGenerator
 from .files import FORMATS, DataError, Format, load
@@ -26,7 +26,7 @@ __all__ = [
     "TetrominoesGenerator",
     "generator",
     "load",
-    "scores",
+    "metrics",
 ]
 
 

@@ -5,7 +5,7 @@ import platform
 import torch
 
 import iio_kernels
-from iio_kernels import _build
+from iio_kernels.runtime import build
 
 
 def report() -> str:
@@ -19,14 +19,14 @@ def report() -> str:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda": ", ".join(devices) or "no device",
     }
-    for name, find in (("compiler", _build.find_compiler), ("nvcc", _build.find_nvcc)):
+    for name, find in (("compiler", build.find_compiler), ("nvcc", build.find_nvcc)):
         try:
             compiler = find()
-            facts[name] = f"{' '.join(compiler)}: {_build.compiler_version(compiler)}"
-        except _build.BuildError as error:
+            facts[name] = f"{' '.join(compiler)}: {build.compiler_version(compiler)}"
+        except build.BuildError as error:
             facts[name] = str(error)
-    facts["cache"] = ", ".join(map(str, _build.cache_folders()))
-    facts["instruction set"] = _build.instruction_set() or "kernels not loaded"
+    facts["cache"] = ", ".join(map(str, build.cache_folders()))
+    facts["instruction set"] = build.instruction_set() or "kernels not loaded"
     facts |= {f"backend {name}": reason or "available" for name, reason in iio_kernels.backends().items()}
     return "\n".join(f"{name:20}{value}" for name, value in facts.items())
 

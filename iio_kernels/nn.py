@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from typing_extensions import TypeVar
 
-from iio_kernels import _checks
-from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype, cast, divide
-from iio_kernels._options import (
+from iio_kernels.ops.slot_attention.api import slot_attention_from_inputs
+from iio_kernels.ops.slot_attention_module.api import SlotAttentionWeights, fits_triton, slot_attention_module
+from iio_kernels.runtime import checks
+from iio_kernels.runtime.autograd import without_autocast
+from iio_kernels.runtime.numerics import arithmetic_dtype, cast, divide
+from iio_kernels.runtime.options import (
     Attention,
     AttentionHeads,
     AttentionLayout,
@@ -28,8 +30,6 @@ from iio_kernels._options import (
     Softmax,
     Update,
 )
-from iio_kernels.ops.iterations import SlotAttentionWeights, fits_triton, slot_attention_module
-from iio_kernels.ops.slot_attention import slot_attention_from_inputs
 
 __all__ = ["SlotAttention", "convert_weights"]
 
@@ -213,14 +213,14 @@ class SlotAttention(nn.Module, Generic[Result]):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.input_size = _checks.integer("input_size", input_size, at_least=1)
-        self.slot_size = _checks.integer("slot_size", slot_size, at_least=1)
-        self.num_slots = _checks.integer("num_slots", num_slots, at_least=1)
-        self.iterations = _checks.integer("iterations", iterations, at_least=1)
-        kvq_size = slot_size if kvq_size is None else _checks.integer("kvq_size", kvq_size, at_least=1)
-        self.heads = _checks.integer("heads", heads, at_least=1)
+        self.input_size = checks.integer("input_size", input_size, at_least=1)
+        self.slot_size = checks.integer("slot_size", slot_size, at_least=1)
+        self.num_slots = checks.integer("num_slots", num_slots, at_least=1)
+        self.iterations = checks.integer("iterations", iterations, at_least=1)
+        kvq_size = slot_size if kvq_size is None else checks.integer("kvq_size", kvq_size, at_least=1)
+        self.heads = checks.integer("heads", heads, at_least=1)
         if mlp_size is not None:
-            _checks.integer("mlp_size", mlp_size, at_least=1)
+            checks.integer("mlp_size", mlp_size, at_least=1)
         if kvq_size % heads:
             raise ValueError(f"kvq_size: expected a multiple of heads = {heads}, got {kvq_size}")
         for name, value in (
@@ -228,19 +228,19 @@ class SlotAttention(nn.Module, Generic[Result]):
             ("norm_updates", norm_updates), ("normalized_state", normalized_state), ("mlp_last", mlp_last),
             ("norm_inputs", norm_inputs), ("norm_slots", norm_slots), ("norm_mlp", norm_mlp),
         ):  # fmt: skip
-            _checks.flag(name, value)
-        _checks.option("eps_in", eps_in, ("weights", "denominator"))
-        _checks.option("normalize", normalize, ("mean", "sum"))
-        _checks.option("softmax", softmax, ("slots", "inputs"))
-        _checks.option("update", update, ("gru", "residual", "replace"))
-        _checks.option("initial", initial, ("gaussian", "gaussians", "queries", "given"))
-        _checks.option("gradient", gradient, ("unrolled", "implicit", "bilevel"))
-        _checks.option("attention", attention, (None, "softmax", "weights"))
-        _checks.option("attention_layout", attention_layout, ("KN", "NK"))
-        _checks.option("attention_heads", attention_heads, ("sum", "mean", "separate"))
+            checks.flag(name, value)
+        checks.option("eps_in", eps_in, ("weights", "denominator"))
+        checks.option("normalize", normalize, ("mean", "sum"))
+        checks.option("softmax", softmax, ("slots", "inputs"))
+        checks.option("update", update, ("gru", "residual", "replace"))
+        checks.option("initial", initial, ("gaussian", "gaussians", "queries", "given"))
+        checks.option("gradient", gradient, ("unrolled", "implicit", "bilevel"))
+        checks.option("attention", attention, (None, "softmax", "weights"))
+        checks.option("attention_layout", attention_layout, ("KN", "NK"))
+        checks.option("attention_heads", attention_heads, ("sum", "mean", "separate"))
         if joint_heads and softmax == "inputs":
             raise ValueError('joint_heads: expected False where the softmax is over "inputs", got True')
-        if _checks.integer("neumann_terms", neumann_terms, at_least=0) and gradient != "implicit":
+        if checks.integer("neumann_terms", neumann_terms, at_least=0) and gradient != "implicit":
             raise ValueError(f'neumann_terms: expected 0 where gradient is not "implicit", got {neumann_terms}')
         if not project:
             if bias:
@@ -253,14 +253,14 @@ class SlotAttention(nn.Module, Generic[Result]):
         updates_size = slot_size if combine_heads else kvq_size
         if update != "gru" and updates_size != slot_size:
             raise ValueError(f"kvq_size: expected slot_size = {slot_size} without GRU or combine_heads, got {kvq_size}")
-        self.scale: float = (kvq_size // heads) ** -0.5 if scale is None else _checks.number("scale", scale)
-        self.eps = _checks.number("eps", eps, at_least=0)
+        self.scale: float = (kvq_size // heads) ** -0.5 if scale is None else checks.number("scale", scale)
+        self.eps = checks.number("eps", eps, at_least=0)
         self.joint_heads, self.eps_in, self.normalize, self.softmax = joint_heads, eps_in, normalize, softmax
         self.update, self.normalized_state, self.mlp_last = update, normalized_state, mlp_last
         self.initial, self.gradient, self.neumann_terms, self.backend = initial, gradient, neumann_terms, backend
         self.attention, self.attention_layout, self.attention_heads = attention, attention_layout, attention_heads
 
-        self.norm_eps = _checks.number("norm_eps", norm_eps, above=0)
+        self.norm_eps = checks.number("norm_eps", norm_eps, above=0)
         self.norm_inputs = nn.LayerNorm(input_size, norm_eps) if norm_inputs else None
         self.norm_slots = nn.LayerNorm(slot_size, norm_eps) if norm_slots else None
         self.norm_updates = nn.LayerNorm(updates_size, norm_eps) if norm_updates else None
@@ -297,14 +297,14 @@ class SlotAttention(nn.Module, Generic[Result]):
         input_mask: Tensor | None = None,
     ) -> Result:
         """See the class."""
-        iterations = self.iterations if iterations is None else _checks.integer("iterations", iterations, at_least=1)
+        iterations = self.iterations if iterations is None else checks.integer("iterations", iterations, at_least=1)
         self._check_inputs(inputs)
         initial = self._initial(inputs, slots, num_slots, noise)
         batch, K, N = inputs.shape[:-2], initial.shape[-2], inputs.shape[-2]
         if slot_mask is not None:
-            slot_mask = _checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
+            slot_mask = checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
         if input_mask is not None:
-            input_mask = _checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
+            input_mask = checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
         masks = slot_mask, input_mask
 
         x = inputs
@@ -377,10 +377,10 @@ class SlotAttention(nn.Module, Generic[Result]):
         for name, value in (("slots", slots), ("noise", noise)):
             if value is None:
                 continue
-            _checks.tensor(name, value, "(..., K, slot_size)", min_dims=2)
+            checks.tensor(name, value, "(..., K, slot_size)", min_dims=2)
             K = value.shape[-2]
-            _checks.broadcasts(name, value, batch, (K, self.slot_size), f"slot_size and inputs {tuple(inputs.shape)}")
-            _checks.same_device(inputs=inputs, **{name: value})
+            checks.broadcasts(name, value, batch, (K, self.slot_size), f"slot_size and inputs {tuple(inputs.shape)}")
+            checks.same_device(inputs=inputs, **{name: value})
             if num_slots is not None and num_slots != K:
                 raise ValueError(f"num_slots: expected the {K} of {name} {tuple(value.shape)}, got {num_slots}")
             num_slots = K
@@ -390,7 +390,7 @@ class SlotAttention(nn.Module, Generic[Result]):
             return slots.expand(*batch, -1, -1)
         if self.initial == "given":
             raise ValueError('slots: expected a tensor, as initial is "given", got None')
-        K = self.num_slots if num_slots is None else _checks.integer("num_slots", num_slots, at_least=1)
+        K = self.num_slots if num_slots is None else checks.integer("num_slots", num_slots, at_least=1)
         if self.initial != "gaussian" and len(self.mu) < K:
             raise ValueError(f"num_slots: expected at most the {len(self.mu)} that are learnt, got {K}")
         if self.initial == "queries":
@@ -539,10 +539,10 @@ class SlotAttention(nn.Module, Generic[Result]):
         return A if self.attention_layout == "KN" else A.mT
 
     def _check_inputs(self, inputs: Tensor) -> None:
-        _checks.tensor("inputs", inputs, "(..., N, input_size)", min_dims=2)
+        checks.tensor("inputs", inputs, "(..., N, input_size)", min_dims=2)
         if inputs.shape[-1] != self.input_size:
             raise ValueError(f"inputs: expected shape (..., N, {self.input_size}), got {tuple(inputs.shape)}")
-        _checks.same_device(parameters=self.to_q.weight, inputs=inputs)
+        checks.same_device(parameters=self.to_q.weight, inputs=inputs)
 
 
 # The layers, on slots in the dtype of the arithmetic.

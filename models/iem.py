@@ -31,9 +31,10 @@ import tyro
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from iio_kernels import _checks, iio_loss
-from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype, divide
+from iio_kernels import iio_loss
+from iio_kernels.runtime import checks
+from iio_kernels.runtime.autograd import without_autocast
+from iio_kernels.runtime.numerics import arithmetic_dtype, divide
 
 
 def segment(images: Tensor, steps: int = 150, *, diversity: float = 1e-3, **inpainter: Any) -> Tensor:
@@ -91,7 +92,7 @@ def segment_kway(
     Complexity: in each step that of `iio_loss` with its gradient, O(2^K) a pixel.
     """
     images = _images(images)
-    _checks.integer("num_segments", num_segments, at_least=2)
+    checks.integer("num_segments", num_segments, at_least=2)
     masks = one_hot(color_clusters(images, num_segments), num_segments, images.dtype)
     return _maximise(images, masks, steps, smooth_labels, diversity, inpainter).argmax(1)
 
@@ -105,8 +106,8 @@ def _maximise(
     inpainter: dict[str, Any],
 ) -> Tensor:
     """The masks (B, K, H, W), of zeros and ones, after so many moves."""
-    _checks.integer("steps", steps, at_least=0)
-    _checks.number("diversity", diversity, at_least=0)
+    checks.integer("steps", steps, at_least=0)
+    checks.number("diversity", diversity, at_least=0)
     with without_autocast(images.device):
         for _ in range(steps):
             masks = smooth(move_boundaries(masks, gradient(images, masks, diversity, **inpainter)))
@@ -186,7 +187,7 @@ def color_clusters(images: Tensor, num_clusters: int, iterations: int = 20) -> T
 
 def _images(images: Tensor) -> Tensor:
     """The images, checked and in the dtype of the arithmetic."""
-    _checks.tensor("images", images, "(B, C, H, W)")
+    checks.tensor("images", images, "(B, C, H, W)")
     return images.detach().to(arithmetic_dtype(images))
 
 
@@ -217,7 +218,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Segment a photograph and write what came out."""
-    _checks.integer("size", arguments.size, at_least=11)  # the inpainter's taps
+    checks.integer("size", arguments.size, at_least=11)  # the inpainter's taps
     if arguments.segments is not None and not 2 <= arguments.segments <= len(COLORS):
         raise ValueError(f"--segments: expected 2 to {len(COLORS)}, got {arguments.segments}")
     with Image.open(arguments.photo) as file:

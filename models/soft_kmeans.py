@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iio_kernels import _checks, slot_attention
-from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype
+from iio_kernels import slot_attention
+from iio_kernels.runtime import checks
+from iio_kernels.runtime.autograd import without_autocast
+from iio_kernels.runtime.numerics import arithmetic_dtype
 
 
 class Mixture(NamedTuple):
@@ -82,14 +83,14 @@ def soft_kmeans(
         >>> soft_kmeans(x, x[:, :3], 10).slots.shape
         torch.Size([8, 3, 2])
     """
-    _checks.tensor("x", x, "(..., N, D)", min_dims=2)
-    _checks.tensor("slots", slots, "(..., K, D)", min_dims=2)
+    checks.tensor("x", x, "(..., N, D)", min_dims=2)
+    checks.tensor("slots", slots, "(..., K, D)", min_dims=2)
     (*batch, N, D), K = x.shape, slots.shape[-2]
-    _checks.broadcasts("slots", slots, batch, (K, D), f"x {tuple(x.shape)}")
-    device = _checks.same_device(x=x, slots=slots)
-    _checks.integer("iterations", iterations, at_least=1)
-    variance = _checks.number("variance", variance, above=0)
-    _checks.flag("learn_weights", learn_weights)
+    checks.broadcasts("slots", slots, batch, (K, D), f"x {tuple(x.shape)}")
+    device = checks.same_device(x=x, slots=slots)
+    checks.integer("iterations", iterations, at_least=1)
+    variance = checks.number("variance", variance, above=0)
+    checks.flag("learn_weights", learn_weights)
 
     with without_autocast(device):
         dtype = arithmetic_dtype(x, slots)

@@ -22,9 +22,16 @@ if not torch.cuda.is_available():
 
 import cuda_on_host
 
-from iio_kernels import _triton
-from iio_kernels._backends import BACKENDS, Backend
-from iio_kernels.ops import broadcast, composition, inpainting, iterations, mixture, slot_attention
+from iio_kernels.ops import (
+    broadcast_conv2d,
+    compose,
+    iio_loss,
+    slot_attention,
+    slot_attention_module,
+    spatial_mixture,
+)
+from iio_kernels.runtime import triton_support
+from iio_kernels.runtime.backends import BACKENDS, Backend
 
 # pytest-xdist's processes share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -47,13 +54,13 @@ def _round_as_hardware_does() -> None:
     InterpreterBuilder.cast_impl = rounding_cast
 
 
-if _triton.INTERPRETED and _triton.missing() is None:
+if triton_support.INTERPRETED and triton_support.missing() is None:
     _round_as_hardware_does()
 
 # The reference's written-out gradients stand behind the autograd Functions like any other backend's, though
 # no user needs them there. Registered as one, they meet every test, and so does the way all are called.
 BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)
-for op in (broadcast, composition, inpainting, iterations, mixture, slot_attention):
+for op in (broadcast_conv2d, compose, iio_loss, slot_attention, slot_attention_module, spatial_mixture):
     written_out = ModuleType(f"{op.__name__}.written_out")
     written_out.__dict__.update({name: x for name, x in vars(op.reference).items() if not name.startswith("__")})
     sys.modules[written_out.__name__] = written_out
@@ -71,8 +78,8 @@ def gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torc
 
 
 for name in ("conditional_entropies", "inpaint"):
-    function = getattr(inpainting.reference, name)
-    setattr(sys.modules[f"{inpainting.__name__}.written_out"], f"{name}_backward", gradients(function))
+    function = getattr(iio_loss.reference, name)
+    setattr(sys.modules[f"{iio_loss.__name__}.written_out"], f"{name}_backward", gradients(function))
 
 # The CUDA backend's kernels without a GPU: slow, so only where asked for. tests/test_cuda_on_host.py takes some cases.
 if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):

@@ -49,7 +49,7 @@ def composition(
     way: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, channels_last: bool, everything: bool = False
 ) -> None:
     """The error; with `everything` all results and all gradients."""
-    from iio_kernels.ops.composition import triton as kernels
+    from iio_kernels.ops.compose import triton as kernels
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
     decoded, image = own(B, K, C + 1, H, W), results(B, C, H, W)
@@ -66,7 +66,7 @@ def mixture(
     way: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, channels_last: bool, everything: bool = True
 ) -> None:
     """With `everything` all results, or all gradients; otherwise the log-likelihood's."""
-    from iio_kernels.ops.mixture import triton as kernels
+    from iio_kernels.ops.spatial_mixture import triton as kernels
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
     decoded, image = own(B, K, C + 1, H, W), results(B, C, H, W)
@@ -82,7 +82,7 @@ def mixture(
 def broadcast(
     way: str, M: int, H: int, W: int, O: int, rows: list[int], columns: list[int], dtype: torch.dtype, relu: bool = True
 ) -> None:
-    from iio_kernels.ops.broadcast import triton as kernels
+    from iio_kernels.ops.broadcast_conv2d import triton as kernels
 
     sums = partial(new, dtype=arithmetic(dtype))
     inputs = sums(M, sum(rows), sum(columns), O), sums(H, W, O)
@@ -95,8 +95,8 @@ def broadcast(
 def iterations(
     way: str, B: int, N: int, K: int, Dx: int, D: int, H: int, dtype: torch.dtype, attention: bool = False
 ) -> None:
-    from iio_kernels.ops.iterations import triton as kernels
-    from iio_kernels.ops.iterations.reference import made_by_maps, on_tape, read_by_maps
+    from iio_kernels.ops.slot_attention_module import triton as kernels
+    from iio_kernels.ops.slot_attention_module.reference import made_by_maps, on_tape, read_by_maps
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
     x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)
@@ -112,7 +112,7 @@ def inpainting(
     operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
     repeats: int = 2, subsets: int = 256,
 ) -> None:  # fmt: skip
-    from iio_kernels.ops.inpainting import triton as kernels
+    from iio_kernels.ops.iio_loss import triton as kernels
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
     incoming = {

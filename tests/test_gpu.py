@@ -12,7 +12,6 @@ from torch import Tensor
 
 from iio_kernels import (
     SlotAttentionWeights,
-    _build,
     broadcast_conv2d,
     composition_error,
     conditional_entropies,
@@ -23,8 +22,9 @@ from iio_kernels import (
     slot_attention_module,
     spatial_mixture,
 )
-from iio_kernels._backends import BACKENDS
-from iio_kernels.ops.iterations import spec as iterations_spec
+from iio_kernels.runtime import build
+from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing import slot_attention_module as iterations_spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -77,13 +77,13 @@ def module(x: Tensor, slots: Tensor, *weights: Tensor, backend: str) -> Tensor:
 
 FUNCTIONS = {
     slot_attention: ("slot_attention", attention_inputs),
-    iio_loss: ("inpainting", inpainting_inputs),
-    conditional_entropies: ("inpainting", inpainting_inputs),
-    inpaint: ("inpainting", inpainting_inputs),
-    composition_error: ("composition", composition_inputs),
-    mixture: ("mixture", composition_inputs),
-    broadcast: ("broadcast", broadcast_inputs),
-    module: ("iterations", module_inputs),
+    iio_loss: ("iio_loss", inpainting_inputs),
+    conditional_entropies: ("iio_loss", inpainting_inputs),
+    inpaint: ("iio_loss", inpainting_inputs),
+    composition_error: ("compose", composition_inputs),
+    mixture: ("spatial_mixture", composition_inputs),
+    broadcast: ("broadcast_conv2d", broadcast_inputs),
+    module: ("slot_attention_module", module_inputs),
 }
 CALLS = [
     pytest.param(function, backend, new, id=f"{function.__name__}-{backend}")
@@ -191,10 +191,10 @@ def test_repeats_are_bitwise_equal(function, backend, new):
 
 def test_cuda_is_built_where_there_is_a_compiler():
     try:
-        _build.find_nvcc()
-    except _build.BuildError as error:
+        build.find_nvcc()
+    except build.BuildError as error:
         pytest.skip(str(error))
-    assert _build.cuda_missing() is None
+    assert build.cuda_missing() is None
 
 
 def test_auto_takes_kernels():

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
-from iio_kernels import _backends
-from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype
 from iio_kernels.acceleration.axes import Axis, Dim, atoms
 from iio_kernels.acceleration.emptiness import Empty
 from iio_kernels.acceleration.recognition import (
@@ -34,8 +31,11 @@ from iio_kernels.acceleration.recognition import (
     read,
     written_by,
 )
-from iio_kernels.ops.slot_attention import _attend, _attend_from_inputs
+from iio_kernels.ops.slot_attention.api import _attend, _attend_from_inputs
 from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.runtime import backends
+from iio_kernels.runtime.autograd import without_autocast
+from iio_kernels.runtime.numerics import arithmetic_dtype
 
 #: How far results and gradients may be apart in float64, of the largest of each: rounding makes 1e-13, and an epsilon
 #: of 1e-8 in another place 1e-8.
@@ -161,7 +161,7 @@ class Call:
                 slot_mask = None
         if input_mask is not None:
             input_mask = input_mask.expand(*q.shape[:-2], input_mask.shape[-1])
-        backend = _backends.choose("slot_attention", "auto", q.device)
+        backend = backends.choose("slot_attention", "auto", q.device)
         rest = logit_bias, slot_mask, input_mask, Options(**self.options), self.return_attention, backend
         U: Tensor
         if self.from_inputs:
@@ -313,7 +313,7 @@ def _planned(group: list[Update]) -> tuple[Call, list[Source]]:
     if attention.node is not None and attention.node not in set(update.node.graph.nodes):
         raise Refused("another product took its attention")
     device = example(update.node).device
-    if _backends.choose("slot_attention", "auto", device) == "reference":
+    if backends.choose("slot_attention", "auto", device) == "reference":
         raise Refused(f"no kernels serve {device.type} tensors here, see iio_kernels.backends()")
     batch, heads, slots, inputs, features = (
         atoms(axes) for axes in (softmax.batch, softmax.heads, softmax.slots, softmax.inputs, softmax.features)

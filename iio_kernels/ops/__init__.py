@@ -9,7 +9,7 @@
 - `cpu.py`, `triton.py`, `cuda.py`: a backend each, imported when it first serves. Triton kernels stand in `triton.py`,
   C++ and CUDA ones in csrc: `<operation>.h`, `.cpp`, `_bindings.cpp`, and `.cu` (called through `compiled.py`).
 
-Beside the folder: its functions in `iio_kernels/__init__.py`, its name in `_backends.py`, in the package list of
+Beside the folder: its functions in `iio_kernels/__init__.py`, its name in `backends.py`, in the package list of
 pyproject.toml and in `tests/conftest.py`, the formula as printed in `tests/literal.py`, tests in
 `tests/test_<operation>.py`, its types in `tests/calls.py` and `tests/test_types.py`, calls to compile for absent GPUs
 in `tests/launches.py`, a benchmark in `bench/test_operations.py`, and its place in `bench/gpu.py` and `bench/gpu.sh`.

@@ -14,9 +14,9 @@ from types import ModuleType
 
 import torch
 
-from iio_kernels import _build
-from iio_kernels._backends import BACKENDS, Backend
-from iio_kernels.ops.inpainting import compiled
+from iio_kernels.ops.iio_loss import compiled
+from iio_kernels.runtime import build as compilation
+from iio_kernels.runtime.backends import BACKENDS, Backend
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-ffp-contract=off",
@@ -25,29 +25,29 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-prag
 
 def build(folder: Path, *flags: str) -> Path:
     """Compile the library, with more flags if wanted."""
-    compiler, csrc = [*_build.find_compiler(), *FLAGS, *flags], _build.sources()
-    kernels = [*compiler, "-I", str(HERE), "-x", "c++", "-c", str(csrc / "inpainting.cu")]
-    bindings = [*compiler, *_build.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
+    compiler, csrc = [*compilation.find_compiler(), *FLAGS, *flags], compilation.sources()
+    kernels = [*compiler, "-I", str(HERE), "-x", "c++", "-c", str(csrc / "iio_loss.cu")]
+    bindings = [*compiler, *compilation.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
     objects = [str(folder / f"{name}.o") for name in ("float", "double", "bindings")]
     compile_all = [
         [*kernels, "-DIIO_REAL=float", "-o", objects[0]],
         [*kernels, "-DIIO_REAL=double", "-o", objects[1]],
-        [*bindings, str(csrc / "inpainting_cuda_bindings.cpp"), "-o", objects[2]],
+        [*bindings, str(csrc / "iio_loss_cuda_bindings.cpp"), "-o", objects[2]],
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_build._call, compile_all))
+        list(pool.map(compilation._call, compile_all))
     path = folder / "cuda_on_host.so"
-    _build._call([*compiler, "-shared", *objects, *_build.TORCH_LIBRARIES, "-o", str(path)])
+    compilation._call([*compiler, "-shared", *objects, *compilation.TORCH_LIBRARIES, "-o", str(path)])
     return path
 
 
 def load(path: Path) -> None:
     """Define the operators, load their library, and register the backend."""
-    name = "iio_kernels.ops.inpainting.cuda_on_host"
+    name = "iio_kernels.ops.iio_loss.cuda_on_host"
     module = sys.modules[name] = ModuleType(name)
     source = Path(compiled.__file__).read_text()
     assert '"iio_kernels"' in source
     source = source.replace('"iio_kernels"', '"iio_kernels_on_host"')
     exec(compile(source, compiled.__file__, "exec"), module.__dict__)
     torch.ops.load_library(path)
-    BACKENDS["cuda_on_host"] = Backend(("cpu",), lambda: None, operations=("inpainting",))
+    BACKENDS["cuda_on_host"] = Backend(("cpu",), lambda: None, operations=("iio_loss",))

@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/inpainting.cu uses, on a CPU: found before CUDA's own header, it lets a C++ compiler compile
+// As much of CUDA as csrc/iio_loss.cu uses, on a CPU: found before CUDA's own header, it lets a C++ compiler compile
 // that file as it is, and every kernel runs on plain memory.
 //
 // Blocks run one after the other. A thread of a block is a fiber, which runs until it waits for the others. What real

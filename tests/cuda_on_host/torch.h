@@ -1,4 +1,4 @@
-// Included before csrc/inpainting_cuda_bindings.cpp, this makes of it operators on CPU tensors, in a library of their
+// Included before csrc/iio_loss_cuda_bindings.cpp, this makes of it operators on CPU tensors, in a library of their
 // own: torch.ops.iio_kernels_on_host.
 #pragma once
 

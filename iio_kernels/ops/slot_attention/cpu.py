@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iio_kernels._numerics import arithmetic_dtype
 from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.runtime.numerics import arithmetic_dtype
 
 
 def _inputs(

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from iio_kernels._autograd import without_autocast
-from iio_kernels._numerics import arithmetic_dtype, cast, divide
+from iio_kernels.runtime.autograd import without_autocast
+from iio_kernels.runtime.numerics import arithmetic_dtype, cast, divide
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from iio_kernels._autograd import not_differentiable_by_itself
-from iio_kernels._numerics import cast
 from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.runtime.autograd import not_differentiable_by_itself
+from iio_kernels.runtime.numerics import cast
 
 OPTIONS = "float scale, float eps, bool eps_in_weights, bool normalize, bool joint_heads"
 INPUTS = "Tensor q, Tensor k, Tensor? v, Tensor? logit_bias, Tensor? slot_mask, Tensor? input_mask"

@@ -38,10 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iio_kernels._numerics import arithmetic_dtype
-from iio_kernels._triton import INTERPRETED, index_type, inlined
 from iio_kernels.ops.slot_attention import schema
 from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.runtime.numerics import arithmetic_dtype
+from iio_kernels.runtime.triton_support import INTERPRETED, index_type, inlined
 
 
 class Strided(NamedTuple):

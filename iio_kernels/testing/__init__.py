@@ -1,0 +1,1 @@
+"""What tests and benchmarks of the operations share: sample calls, error budgets, the formulas as printed."""

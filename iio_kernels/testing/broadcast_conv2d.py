@@ -1,0 +1,138 @@
+"""What the broadcast convolution is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iio_kernels.ops.broadcast_conv2d.reference import classes
+from iio_kernels.runtime.numerics import twice_and_4_units
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named call of `iio_kernels.broadcast_conv2d`: z (*batch, D), a kernel (kh, kw) of O channels, a grid `size`."""
+
+    name: str
+    batch: tuple[int, ...] = (2, 3)
+    D: int = 6
+    O: int = 8
+    size: tuple[int, int] = (9, 7)
+    kernel: tuple[int, int] = (5, 5)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (2, 2)
+    output_padding: tuple[int, int] = (0, 0)
+    transposed: bool = False
+    relu: bool = True
+    dtype: torch.dtype = torch.float32  # in benchmarks
+
+    @property
+    def axes(self) -> list[tuple[int, int, int, int, int, bool]]:
+        """For rows and columns: the grid's and the result's size, taps, stride, padding, transposed."""
+        return [
+            (
+                n,
+                (n - 1) * s - 2 * p + k + more if self.transposed else (n + 2 * p - k) // s + 1,
+                k,
+                s,
+                p,
+                self.transposed,
+            )
+            for n, k, s, p, more in zip(
+                self.size, self.kernel, self.stride, self.padding, self.output_padding, strict=True
+            )
+        ]
+
+    @property
+    def result(self) -> tuple[int, int, int]:
+        """(O, H', W')"""
+        return self.O, self.axes[0][1], self.axes[1][1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        geometry = {"size": self.size, "stride": self.stride, "padding": self.padding}
+        return geometry | {"transposed": self.transposed, "relu": self.relu}
+
+    def make(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """(z, weight, position_map) and the keyword arguments, the same numbers on every device."""
+        random = torch.Generator().manual_seed(seed)
+        channels = (self.D, self.O) if self.transposed else (self.O, self.D)
+        shapes = (*self.batch, self.D), (*channels, *self.kernel), self.result
+        z, weight, position_map = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
+        weight /= math.sqrt(self.D * math.prod(self.kernel))
+        z, weight, position_map = (x.to(dtype).to(device) for x in (z, weight, position_map))
+        return (z, weight, position_map), self.options
+
+    def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
+        """The least traffic: the result written; with `backward` that of the backward pass alone, its gradient read."""
+        return math.prod(self.batch) * math.prod(self.result) * dtype.itemsize
+
+    def flops(self, backward: bool = False) -> int:
+        """Multiply-adds of z with the sums of taps, as two, and an addition and the ReLU at each pixel; backwards two
+        products, that addition again and two sums."""
+        M, kinds = math.prod(self.batch), math.prod(sum(classes(*axis)) for axis in self.axes)
+        product, pixels = 2 * M * self.D * self.O * kinds, M * math.prod(self.result)
+        return 2 * product + 4 * pixels if backward else product + 2 * pixels
+
+
+CASES = (
+    Case("plain"),
+    Case("no ReLU", relu=False),
+    Case("one kernel tap", kernel=(1, 1), padding=(0, 0)),
+    Case("no padding", padding=(0, 0)),
+    Case("much padding", kernel=(3, 2), padding=(7, 4)),
+    Case("even kernel", kernel=(4, 2), padding=(1, 1)),
+    Case("kernel larger than the grid", size=(2, 3), kernel=(7, 5), padding=(3, 2)),
+    Case("stride 2", stride=(2, 2)),
+    Case("stride 3 and 2", size=(11, 12), stride=(3, 2), kernel=(4, 3), padding=(1, 0)),
+    Case("strides past the kernel", size=(13, 10), stride=(3, 4), kernel=(2, 3), padding=(2, 1)),
+    Case("transposed", size=(6, 5), stride=(2, 2), output_padding=(1, 1), transposed=True),
+    Case("transposed, no output padding", size=(6, 5), stride=(2, 2), transposed=True, relu=False),
+    Case("transposed, stride 1", transposed=True),
+    Case("transposed, stride 3 and 2", (3,), size=(4, 5), kernel=(4, 3), stride=(3, 2), padding=(0, 1), transposed=True,
+         output_padding=(2, 0)),
+    Case("transposed, stride past the kernel", size=(3, 4), kernel=(2, 1), stride=(3, 2), padding=(0, 0),
+         transposed=True),
+    Case("transposed, one pixel", size=(1, 1), stride=(2, 2), transposed=True, padding=(0, 2), output_padding=(0, 1)),
+    Case("no batch", ()),
+    Case("no slots", (2, 0)),
+    Case("one of all", (1,), D=1, O=1, size=(1, 1), kernel=(1, 1), padding=(0, 0)),
+    Case("one channel", O=1),
+    Case("odd channels", D=1, O=21),
+    Case("many channels", (2,), O=67, size=(5, 6), kernel=(3, 3), padding=(1, 1)),
+    Case("several chunks of images", (19,), O=16),
+    Case("one row", size=(1, 40)),
+    Case("one column", size=(40, 1)),
+)  # fmt: skip
+
+#: The sizes in use, for benchmarks: all slots of a batch.
+BENCHMARKS = {
+    "cpu": (
+        Case("Tetrominoes", (256,), D=64, O=32, size=(35, 35)),
+        Case("Tetrominoes, quick", (64,), D=64, O=32, size=(35, 35), dtype=torch.bfloat16),
+        Case("CLEVR6", (112,), D=64, O=64, size=(8, 8), stride=(2, 2), output_padding=(1, 1), transposed=True),
+    ),
+    "cuda": (
+        Case("Tetrominoes", (256,), D=64, O=32, size=(35, 35)),
+        Case("Tetrominoes, bfloat16", (256,), D=64, O=32, size=(35, 35), dtype=torch.bfloat16),
+        Case("Multi-dSprites", (384,), D=64, O=32, size=(64, 64)),
+        Case("CLEVR6", (448,), D=64, O=64, size=(8, 8), stride=(2, 2), output_padding=(1, 1), transposed=True),
+    ),
+    "toy": (Case("toy", (3,), size=(7, 9)),),
+}
+
+
+def allowed_error(truth: Tensor, eager: Tensor) -> float:
+    """How far a result may lie from the `truth`, computed in float64 from the same stored inputs.
+
+    Twice as far as `eager`, the literal formula computed in float32 and stored in the result's type; and 4 units in
+    the last place of the largest value besides, since eager may be exact.
+    """
+    return twice_and_4_units(truth, eager)

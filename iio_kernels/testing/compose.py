@@ -1,0 +1,113 @@
+"""What slot composition is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iio_kernels.runtime.numerics import twice_and_4_units
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named call of `iio_kernels.composition_error`: image (B, C, H, W), decoded (B, K, C + 1, H, W).
+
+    With `channels_last` a pixel's C + 1 numbers of decoded are adjacent.
+    """
+
+    name: str
+    B: int = 2
+    K: int = 4
+    C: int = 3
+    H: int = 13
+    W: int = 12
+    channels_last: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32  # in benchmarks
+
+    def make(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """(image, decoded) and the keyword arguments, the same numbers on every device and in either layout."""
+        random = torch.Generator().manual_seed(seed)
+        decoded = torch.randn(self.B, self.K, self.C + 1, self.H, self.W, generator=random, dtype=torch.float64)
+        image = torch.rand(self.B, self.C, self.H, self.W, generator=random, dtype=torch.float64)
+        decoded[:, :, -1] *= 2
+        if self.channels_last:
+            decoded = decoded.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return (image.to(dtype).to(device), decoded.to(dtype).to(device)), dict(self.options)
+
+    def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
+        """The least traffic: image (float32) and decoded read; with `backward` those of the backward pass alone, which
+        reads them too and writes decoded's gradient."""
+        decoded = self.K * (self.C + 1) * dtype.itemsize
+        return self.B * self.H * self.W * (decoded * (2 if backward else 1) + 4 * self.C)
+
+    def flops(self, backward: bool = False) -> int:
+        """Operations of the sums over slots and channels, and an exponential for each slot counted as one.
+
+        A pixel takes K exponentials, sums of them and products with their inverse, C K multiply-adds and C squared
+        differences; the backward pass takes the same but for the squares, then C K multiply-adds for da, C K products
+        for d_rgb and 2 multiply-adds a slot for d_alpha.
+        """
+        pixel = 3 * self.K + 2 * self.C * self.K + 3 * self.C
+        if backward:
+            pixel += 3 * self.C * self.K + 4 * self.K
+        return self.B * self.H * self.W * pixel
+
+
+CASES = (
+    Case("plain"),
+    Case("channels last", channels_last=True),
+    Case("one slot", K=1),
+    Case("two slots", K=2, channels_last=True),
+    Case("seven slots", K=7),
+    Case("many slots", B=1, K=24, H=5, W=7, channels_last=True),
+    Case("grey", C=1),
+    Case("grey, channels last", C=1, channels_last=True),
+    Case("two channels, channels last", C=2, channels_last=True),
+    Case("six channels", K=3, C=6),
+    Case("six channels, channels last", K=3, C=6, channels_last=True),
+    Case("no images", B=0),
+    Case("no images, channels last", B=0, channels_last=True),
+    Case("one pixel", H=1, W=1),
+    Case("one pixel, channels last", H=1, W=1, channels_last=True),
+    Case("one row", H=1, W=67),
+    Case("one column", H=67, W=1, channels_last=True),
+    Case("one of all", B=1, K=1, C=1, H=1, W=1),
+    Case("whole blocks", K=3, H=16, W=16),
+    Case("whole blocks, channels last", K=3, H=16, W=16, channels_last=True),
+    Case("two chunks", B=1, K=2, H=35, W=35),
+    Case("two chunks, channels last", B=1, K=2, H=35, W=35, channels_last=True),
+)
+
+#: The sizes in use, for benchmarks, with layout and dtype as decoders leave them; for a CPU in batches that it gets
+#: through.
+BENCHMARKS = {
+    "cpu": (
+        Case("Tetrominoes", B=64, H=35, W=35),
+        Case("Tetrominoes, quick", B=16, H=35, W=35, channels_last=True, dtype=torch.bfloat16),
+        Case("CLEVR6", B=16, K=7, H=128, W=128),
+        Case("CLEVR6, channels last", B=16, K=7, H=128, W=128, channels_last=True),
+    ),
+    "cuda": (
+        Case("Tetrominoes", B=64, H=35, W=35, channels_last=True),
+        Case("Multi-dSprites", B=64, K=6, H=64, W=64, channels_last=True),
+        Case("CLEVR6", B=64, K=7, H=128, W=128),
+        Case("CLEVR6, channels last", B=64, K=7, H=128, W=128, channels_last=True),
+        Case("CLEVR6, bfloat16", B=64, K=7, H=128, W=128, channels_last=True, dtype=torch.bfloat16),
+    ),
+    "toy": (Case("toy", B=2, H=7, W=9, channels_last=True),),
+}
+
+
+def allowed_error(truth: Tensor, eager: Tensor) -> float:
+    """How far a result may lie from the `truth`, computed in float64 from the same stored inputs.
+
+    Twice as far as `eager`, the literal formula computed in float32 and stored in the result's type; and 4 units in
+    the last place of the largest value besides, since eager may be exact.
+    """
+    return twice_and_4_units(truth, eager)

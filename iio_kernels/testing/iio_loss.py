@@ -1,0 +1,156 @@
+"""What the IIO loss is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iio_kernels.ops.iio_loss.reference import Inpainter, inpaint
+from iio_kernels.runtime.numerics import twice_and_4_units
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named call of `iio_kernels.iio_loss`: image (B, C, H, W), masks (B, K, H, W).
+
+    image: "noise" (uniform) or "flat" (one colour throughout).
+    masks: "soft" (a softmax), "one-hot", "empty" (one-hot, the last two without a pixel), or "single"
+        (one-hot, all pixels in the first).
+    """
+
+    name: str
+    B: int = 2
+    C: int = 3
+    K: int = 4
+    H: int = 13
+    W: int = 12
+    options: dict[str, Any] = field(default_factory=dict)
+    image: str = "noise"
+    masks: str = "soft"
+
+    @property
+    def smooth(self) -> bool:
+        """Whether gradients can be compared: where a residual is 0, its sign is decided by rounding.
+
+        A single tap predicts every pixel by itself, so that all residuals are 0.
+        """
+        return self.image == "noise" and self.masks == "soft" and self.options.get("kernel_size") != 1
+
+    def make(
+        self, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """(image, masks) and the keyword arguments, the same numbers on every device."""
+        random = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn(self.B, self.K, self.H, self.W, generator=random, dtype=torch.float64)
+        if self.masks == "soft":
+            masks = logits.softmax(1)
+        else:
+            used = {"one-hot": self.K, "empty": max(self.K - 2, 1), "single": 1}[self.masks]
+            winner = logits[:, :used].argmax(1, keepdim=True)
+            masks = torch.zeros_like(logits).scatter_(1, winner, 1)
+        masks = masks.to(dtype)
+        shape = (self.B, self.C, self.H, self.W) if self.image == "noise" else (self.B, self.C, 1, 1)
+        image = torch.rand(shape, generator=random, dtype=torch.float64).to(dtype)
+        image = image.expand(self.B, self.C, self.H, self.W).contiguous()
+        if self.smooth and self.K <= 7:  # beyond, subsets are too many to look at each
+            _move_off_kinks(image, masks, self.options, random)
+        return (image.to(device), masks.to(device)), dict(self.options)
+
+    def bytes_moved(self, dtype: torch.dtype, backward: bool = False) -> int:
+        """The least traffic: image and masks read, each image's float32 loss written; with `backward` both
+        gradients written as well (one pass serves loss and gradient)."""
+        planes = (self.C + self.K) * (2 if backward else 1)
+        return self.B * (planes * self.H * self.W * dtype.itemsize + 4)
+
+    def flops(self, backward: bool = False) -> int:
+        """Operations of the subset sums; with `backward` those of loss and gradient together.
+
+        A pixel takes: for each of K (C + 1) blurred planes 2 axes x repeats x taps multiply-adds; for each of
+        the 2^K - 2 subsets C + 1 additions to its parent, C absolute values, C - 1 additions, a reciprocal, a
+        product and an addition to T. The gradient blurs as many planes again and takes for each subset C + 1
+        products and C + 1 additions up the tree, and 2 operations for w. A listed set has no parent: it adds up R, D
+        and w from tables of three masks each, and adds what comes back into as many.
+        """
+        taps, repeats = self.options.get("kernel_size", 11), self.options.get("repeats", 2)
+        blur = self.K * (self.C + 1) * 4 * repeats * taps
+        subsets = self.options.get("subsets", 2**self.K - 2)
+        tables = -(-self.K // 3) * (self.C + 2) if "subsets" in self.options else 0
+        pixel = blur + subsets * (3 * self.C + 3 + tables)
+        if backward:
+            pixel += blur + subsets * (2 * self.C + 4 + tables)
+        return self.B * self.H * self.W * pixel
+
+
+def _move_off_kinks(image: Tensor, masks: Tensor, options: dict[str, Any], random: torch.Generator) -> None:
+    """Redraw the pixels within 1e-5 of some subset's prediction: float32 may take the kink's wrong side."""
+    inpainter = Inpainter(**{"sigma": 5.0, "kernel_size": 11, "repeats": 2, "eps": 1e-8, **options})
+    K = masks.shape[1]
+    members = torch.tensor([[s >> i & 1 for i in range(K)] for s in range(1, 2**K - 1)], dtype=torch.float64)
+    sets = torch.einsum("si,bihw->bshw", members, masks.double())
+    for _ in range(100):
+        near = ((image.double().unsqueeze(1) - inpaint(image.double(), sets, inpainter)).abs() < 1e-5).any(1)
+        if not near.any():
+            return
+        image[near] = torch.rand(int(near.sum()), generator=random, dtype=torch.float64).to(image.dtype)
+    raise RuntimeError("no image away from all kinks was found")
+
+
+CASES = (
+    Case("plain"),
+    Case("two masks", K=2),
+    Case("three masks", K=3),
+    Case("five masks", K=5),
+    Case("six masks", K=6, B=1),
+    Case("seven masks", K=7, B=1, C=1, H=11, W=11),
+    Case("one channel", C=1),
+    Case("five channels", C=5, K=3),
+    Case("odd sizes", B=3, K=3, H=11, W=29),
+    Case("tall", B=1, K=3, H=70, W=11),
+    Case("one pixel", K=3, H=1, W=1, options={"kernel_size": 1}),
+    Case("one row", K=3, H=1, W=17, options={"kernel_size": 1}),
+    Case("one tap", K=3, options={"kernel_size": 1}),
+    Case("no images", B=0),
+    Case("narrow", options={"sigma": 0.8, "kernel_size": 3}),
+    Case("wide", options={"sigma": 20.0}),
+    Case("once", options={"repeats": 1}),
+    Case("three times", options={"repeats": 3, "kernel_size": 5}),
+    Case("large eps", options={"eps": 1e-2}),
+    Case("zero eps", options={"eps": 0}),
+    Case("one-hot", masks="one-hot"),
+    Case("one-hot, zero eps", masks="one-hot", options={"eps": 0.0, "kernel_size": 3, "repeats": 1}),
+    Case("empty masks", masks="empty"),
+    Case("empty masks, zero eps", masks="empty", options={"eps": 0, "kernel_size": 3}),
+    Case("single mask", masks="single"),
+    Case("flat", image="flat"),
+    Case("flat, one-hot", image="flat", masks="one-hot", options={"sigma": 2.0, "kernel_size": 7}),
+)
+
+#: The sizes in use, for benchmarks; for a CPU in batches that it gets through.
+BENCHMARKS = {
+    "cpu": (
+        Case("Tetrominoes", B=64, K=4, H=35, W=35),
+        Case("seven masks", B=16, K=7, H=64, W=64),
+        Case("eleven masks", B=2, K=11, H=64, W=64),
+        Case("fourteen masks", B=1, K=14, H=32, W=32),
+        Case("256 subsets of 24 masks", B=16, K=24, H=64, W=64, options={"subsets": 256}),
+    ),
+    "cuda": (
+        Case("Tetrominoes", B=64, K=4, H=35, W=35),
+        Case("Multi-dSprites", B=64, K=6, H=64, W=64),
+        Case("seven masks", B=16, K=7, H=64, W=64),
+        Case("CLEVR6", B=64, K=7, H=128, W=128),
+    ),
+    "toy": (Case("toy", B=1, K=3, H=12, W=13),),
+}
+
+
+def allowed_error(truth: Tensor, eager: Tensor) -> float:
+    """How far a result may lie from the `truth`, computed in float64 from the same stored inputs.
+
+    Twice as far as `eager`, the literal formula computed in float32 and stored in the result's type; and 4
+    units in the last place of the largest value besides, since eager may be exact.
+    """
+    return twice_and_4_units(truth, eager)
