@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cuda_on_host
+import depth
 
 from iio_kernels.ops import (
     broadcast_conv2d,
@@ -85,13 +86,15 @@ for name in ("conditional_entropies", "inpaint"):
 if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):
     cuda_on_host.load(cuda_on_host.build(Path(tempfile.mkdtemp())))
 
-#: The check of each change, which leaves out what takes long.
-QUICK = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
+#: Whether the run takes the whole suite, which has time for more examples of each kind.
+if "--deep" in sys.argv:
+    os.environ["IIO_KERNELS_TESTS"] = "deep"  # pytest-xdist's processes do not see the command line
+DEEP = os.environ.get("IIO_KERNELS_TESTS") == "deep"
 
 
 def examples(number: int) -> int:
-    """How many examples hypothesis draws of one test: fewer in the check of each change."""
-    return max(5, number // 5) if QUICK else number
+    """How many examples hypothesis draws of one test: a fifth where the run does not take the whole suite."""
+    return number if DEEP else max(5, number // 5)
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -132,26 +135,24 @@ def assert_refused(
         at = message.index(word, at) + len(word)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    depth.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest-xdist hands out the files with most tests first. The one that takes longest has five."""
-    config.addinivalue_line("markers", "long: left out of the check of each change")
+    """Let pytest-xdist keep the order of the files, which is that of what matters first."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no process works on it while others have nothing left to do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take what the run's depth has, the longest file first: nobody is to work on it while others are through."""
     items.sort(key=lambda item: item.path.name != "test_gpu_script.py")
-    if QUICK:
-        # What stands on the operations meets Triton's interpreter in a few of its options there: they are tested
-        # themselves.
-        few = ("joint heads", "locatello", "savi", "genera1z")
+    depth.select(config, items)
 
-        def left_out(item: pytest.Item) -> bool:
-            options = item.path.name in ("test_nn.py", "test_acceleration.py") and "triton" in item.name
-            return item.get_closest_marker("long") is not None or (options and not any(x in item.name for x in few))
 
-        items[:] = [item for item in items if not left_out(item)]
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    depth.stop_in_time(item)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

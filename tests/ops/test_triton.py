@@ -13,7 +13,7 @@ import test_slot_attention_module
 import test_spatial_mixture
 import torch
 from aot import ARCHITECTURES, Compiled, compile_calls
-from conftest import QUICK
+from conftest import DEEP
 from launches import CALLS
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def test_results_are_rounded_once_from_float32(name, dtype):
 def compiled() -> list[Compiled]:
     """What every call takes of every architecture; in a quick check of each change, of one for each maker."""
     pytest.importorskip("triton")
-    return compile_calls("launches", list(CALLS), ["sm_90", "gfx942"] if QUICK else list(ARCHITECTURES))
+    return compile_calls("launches", list(CALLS), list(ARCHITECTURES) if DEEP else ["sm_90", "gfx942"])
 
 
 def test_kernels_fit_the_gpus_they_are_compiled_for(compiled, capsys):
