@@ -6,17 +6,17 @@ operators are then torch.ops.iio_kernels_on_host, and a backend "cuda_on_host" s
 
 from __future__ import annotations
 
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from iio_kernels.ops.iio_loss import compiled
-from iio_kernels.runtime import build as compilation
+from iio_kernels.runtime import compilation, libraries
 from iio_kernels.runtime.backends import BACKENDS, Backend
+from iio_kernels.runtime.compilers import find_compiler
+from iio_kernels.runtime.libraries import Edge
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-ffp-contract=off",
@@ -25,20 +25,18 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-prag
 
 def build(folder: Path, *flags: str) -> Path:
     """Compile the library, with more flags if wanted."""
-    compiler, csrc = [*compilation.find_compiler(), *FLAGS, *flags], compilation.sources()
-    kernels = [*compiler, "-I", str(HERE), "-x", "c++", "-c", str(csrc / "iio_loss.cu")]
-    bindings = [*compiler, *compilation.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
-    objects = [str(folder / f"{name}.o") for name in ("float", "double", "bindings")]
-    compile_all = [
-        [*kernels, "-DIIO_REAL=float", "-o", objects[0]],
-        [*kernels, "-DIIO_REAL=double", "-o", objects[1]],
-        [*bindings, str(csrc / "iio_loss_cuda_bindings.cpp"), "-o", objects[2]],
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compilation._call, compile_all))
-    path = folder / "cuda_on_host.so"
-    compilation._call([*compiler, "-shared", *objects, *compilation.TORCH_LIBRARIES, "-o", str(path)])
-    return path
+    compiler = [*find_compiler(), *FLAGS, *flags]
+    kernels = [*compiler, "-I", str(HERE), "-x", "c++"]
+    bindings = [*compiler, *libraries.TORCH_HEADERS, "-include", str(HERE / "torch.h")]
+    objects = {
+        "float.o": ("csrc/iio_loss.cu", [*kernels, "-DIIO_REAL=float"]),
+        "double.o": ("csrc/iio_loss.cu", [*kernels, "-DIIO_REAL=double"]),
+        "bindings.o": ("csrc/iio_loss_cuda_bindings.cpp", bindings),
+    }
+    edges = [Edge(name, (file,), (*command, "-c", file, "-o", name)) for name, (file, command) in objects.items()]
+    link = (*compiler, "-shared", *objects, *libraries.TORCH_LIBRARIES, "-o", libraries.LINKED)
+    compilation.make(folder, libraries.CUDA.sources(), [*edges, Edge(libraries.LINKED, tuple(objects), link)])
+    return folder / libraries.LINKED
 
 
 def load(path: Path) -> None:

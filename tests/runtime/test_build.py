@@ -12,11 +12,13 @@ import tarfile
 import textwrap
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from iio_kernels.runtime import build
+from iio_kernels.runtime import build, compilation, libraries
+from iio_kernels.runtime import library_cache as cache
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(build.missing() is not None, reason=f"no CPU kernels: {build.missing()}")
@@ -112,13 +114,13 @@ def test_four_processes_at_once_build_it_once(tmp_path, compiler):
     processes = [start(tmp_path / "cache", compiler) for _ in range(4)]
     assert all("serves: ['cpu', 'reference']" in finish(process)[0] for process in processes)
     assert calls(compiler).count("link") == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock"] == [".so"]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == ["cpu", "lock", "objects"]
 
 
 @needs_kernels
 def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
     (tmp_path / "cache").mkdir()
-    with build.exclusive(tmp_path / "cache" / "lock"):
+    with cache.exclusive(tmp_path / "cache" / "lock"):
         waiting = start(tmp_path / "cache", compiler)
         assert f"another process compiles to {tmp_path / 'cache'}; waiting for it" in waiting.stderr.readline()
     assert "serves: ['cpu', 'reference']" in finish(waiting)[0]
@@ -270,7 +272,7 @@ def test_a_build_that_fails_is_told_once_and_the_reference_serves(tmp_path, comp
 
 
 def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_path, monkeypatch):
-    library = tmp_path / f"{build.PRIVATE}1" / "cpu-1.so"
+    library = tmp_path / f"{cache.PRIVATE}1" / "cpu-1.so"
     library.parent.mkdir()
     library.write_text("not a library")
     monkeypatch.setattr(build, "built", lambda _: library)
@@ -280,7 +282,7 @@ def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_p
 
 def test_a_compiler_that_never_ends(tmp_path, compiler):
     behave(compiler, "hang")
-    program = "import iio_kernels.runtime.build as b; b.TIMEOUT = 1.0\n" + PROGRAM
+    program = "import iio_kernels.runtime.compilation as c; c.TIMEOUT = 1.0\n" + PROGRAM
     out, errors = finish(start(tmp_path / "cache", compiler, program))
     assert "serves: ['reference']" in out
     assert "did not end within 1 s" in errors
@@ -361,7 +363,7 @@ def test_the_wheel_holds_the_package_and_its_sources_alone(shipped, tmp_path):
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "iio_kernels").rglob("*.py")} <= inside
     assert "iio_kernels/py.typed" in inside  # without it type checkers take the package for untyped
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    program = "import iio_kernels, iio_kernels.runtime.build as b; print(b.sources())"
+    program = "import iio_kernels, iio_kernels.runtime.build as b; print(b.csrc())"
     process = start(tmp_path / "cache", "c++", program, PYTHONPATH=str(tmp_path / "installed"))
     assert finish(process)[0].strip() == str(tmp_path / "installed" / "iio_kernels" / "csrc")
 
@@ -381,12 +383,10 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(shipped, tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
 def test_it_compiles_for_arm64(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "INSTRUCTION_SETS", {"baseline": []})
-    compile_all, link = build.commands(["aarch64-linux-gnu-g++"], tmp_path)
-    link = [part for part in link if not part.startswith(("-l", "-L"))]  # torch's own libraries are this machine's
-    with build.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build._call, compile_all))
-    build._call(link)
+    monkeypatch.setattr(libraries, "INSTRUCTION_SETS", {"baseline": []})
+    *compile_all, link = libraries.cpu_edges(["aarch64-linux-gnu-g++"])
+    own = [part for part in link.command if not part.startswith(("-l", "-L"))]  # torch's libraries are this machine's
+    compilation.make(tmp_path, build.CPU.sources(), [*compile_all, replace(link, command=tuple(own))])
     machine = (tmp_path / "library.so").read_bytes()[18:20]
     assert int.from_bytes(machine, "little") == 183  # EM_AARCH64
 
@@ -406,15 +406,13 @@ def test_sanitizers_find_nothing(tmp_path):
     if runtime is None:
         pytest.skip(f"{compiler} has no AddressSanitizer")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
-    compile_all, link = build.commands([compiler], tmp_path, [*build.FLAGS, "-O1", *sanitize])
-    best = build.instruction_set()
-    for command in compile_all:
+    best, edges = build.instruction_set(), []
+    for edge in libraries.cpu_edges([compiler], [*libraries.FLAGS, "-O1", *sanitize]):
+        command = list(edge.command)
         if any(part.startswith("-DIIO_ISA=") and part != f"-DIIO_ISA={best}" for part in command):
-            command[:] = [part for part in command if part not in sanitize]  # not run here: it has to link
-            command.append("-O0")
-    with build.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build._call, compile_all))
-    build._call(link)
+            command = [part for part in command if part not in sanitize] + ["-O0"]  # not run here: it has to link
+        edges.append(replace(edge, command=tuple(command)))
+    compilation.make(tmp_path, build.CPU.sources(), edges)
     program = f"""
 import torch
 torch.ops.load_library({str(tmp_path / "library.so")!r})

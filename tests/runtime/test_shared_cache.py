@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from iio_kernels.runtime import build, trust
+from iio_kernels.runtime import library_cache as cache
 from iio_kernels.runtime.trust import open_to_others
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,8 @@ def world() -> Iterator[SimpleNamespace]:
     shutil.copy(build.built(build.CPU), folder / "cpu.so")
     source = folder / "cuda.cpp"
     source.write_text('extern "C" const char* iio_kernels_cuda_trouble() { return nullptr; }')
-    build._call([*build.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(folder / "cuda.so")])
+    command = [*build.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(folder / "cuda.so")]
+    subprocess.run(command, check=True)
     (folder / "bin").mkdir()
     for name, library in (("c++", "cpu.so"), ("nvcc", "cuda.so")):
         (folder / library).chmod(0o777)  # what is linked, is so less the umask
@@ -297,7 +299,7 @@ def test_a_pipe_in_place_of_the_lock_hangs_nobody(case):
     signal.alarm(5)
     os.seteuid(USER)
     try:
-        with build.exclusive(lock) as alone:
+        with cache.exclusive(lock) as alone:
             assert alone
     finally:
         os.seteuid(0)
@@ -317,7 +319,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path, monkeypatch):
         return opened(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", cannot_write)
-    with pytest.raises(OSError, match="symbolic links"), build.exclusive(tmp_path / "lock"):
+    with pytest.raises(OSError, match="symbolic links"), cache.exclusive(tmp_path / "lock"):
         pass
 
 
@@ -364,10 +366,10 @@ def test_links_are_followed_to_what_they_lead_to(tmp_path, monkeypatch):
     (tmp_path / "safe" / "link").symlink_to(tmp_path / "open")
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(tmp_path / "safe" / "link"))
     assert build.cache_folders()[0] == tmp_path / "open"
-    assert build._trusted(build.cache_folders()[0]) is None
+    assert cache._trusted(build.cache_folders()[0]) is None
     (tmp_path / "open" / "cpu-1.so").touch()
     (tmp_path / "safe" / "cpu-1.so").symlink_to(tmp_path / "open" / "cpu-1.so")
-    assert build._trusted(tmp_path / "safe" / "cpu-1.so") is None
+    assert cache._trusted(tmp_path / "safe" / "cpu-1.so") is None
 
 
 @pytest.mark.parametrize(
@@ -388,14 +390,14 @@ def test_a_link_in_a_cache_is_judged_with_its_folder(
     file, cache = tmp_path / "file", tmp_path / "cache"
     file.write_text("of root")
     cache.mkdir()
-    link = cache / f"cpu-1-{build.content_hash(file)}.so"
+    link = cache / f"cpu-1-{cache.content_hash(file)}.so"
     link.symlink_to(file)
     os.chown(link, link_owner, link_owner, follow_symlinks=False)
     os.chown(cache, folder_owner, folder_owner)
     cache.chmod(mode)
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(cache))
     monkeypatch.setenv("IIO_KERNELS_TRUST_CACHE", trust)
-    assert build._cached(cache, "cpu-1") == (file if loaded else None)
+    assert cache._cached(cache, "cpu-1") == (file if loaded else None)
 
 
 OUTSIDE = 65534
