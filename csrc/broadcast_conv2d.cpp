@@ -1,9 +1,9 @@
-// The spatial-broadcast decoder's first layer on the CPU, for one instruction set. broadcast_conv2d.h has the formulas and the
-// division into tasks.
+// The spatial-broadcast decoder's first layer on the CPU, for one instruction set. broadcast_conv2d.h has the formulas
+// and the division into tasks.
 //
-// A chunk of images is worked through by rows: a row of the map, and of its gradient, stays in the first cache while that
-// row of all the chunk's images passes by. Within a row, the columns of one class share a vector, and the sum over them
-// stays in registers. So the result is written to memory once, and its gradient read once.
+// A chunk of images is worked through by rows: a row of the map, and of its gradient, stays in the first cache while
+// that row of all the chunk's images passes by. Within a row, the columns of one class share a vector, and the sum over
+// them stays in registers. So the result is written to memory once, and its gradient read once.
 #include "broadcast_conv2d.h"
 
 namespace iio::IIO_ISA {

@@ -1,11 +1,11 @@
-// The operators broadcast_forward and broadcast_backward: what they are given is checked, results are allocated, and the
-// stages of broadcast_conv2d.h run on torch's own threads.
+// The operators broadcast_forward and broadcast_backward: what they are given is checked, results are allocated, and
+// the stages of broadcast_conv2d.h run on torch's own threads.
+#include <memory>
+#include <tuple>
+
 #include "bindings.h"
 #include "broadcast_conv2d.h"
 #include "isa.h"
-
-#include <memory>
-#include <tuple>
 
 namespace iio {
 namespace {
@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor> broadcast_backward(Tensor d_out, Tensor constant, Ten
   Tensor d_map = new_result(constant, shape, call.arithmetic);
   shape.insert(shape.begin(), call.chunks());
   Tensor partials = new_result(constant, shape, call.arithmetic);
-  Tensor d_constant = new_result(constant, {call.M, call.rows.classes(), call.columns.classes(), call.O}, call.arithmetic);
+  Tensor d_constant =
+      new_result(constant, {call.M, call.rows.classes(), call.columns.classes(), call.O}, call.arithmetic);
   call.d_map = d_map.mutable_data_ptr();
   call.partials = partials.mutable_data_ptr();
   call.d_constant = d_constant.mutable_data_ptr();

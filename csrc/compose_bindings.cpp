@@ -1,11 +1,11 @@
 // The operators composition_forward and composition_backward: what they are given is checked, results are allocated,
 // and the stages of compose.h run on torch's own threads.
+#include <optional>
+#include <tuple>
+
 #include "compose.h"
 #include "isa.h"
 #include "pixels_bindings.h"
-
-#include <optional>
-#include <tuple>
 
 namespace iio {
 namespace {

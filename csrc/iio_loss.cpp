@@ -330,8 +330,8 @@ IIO_INLINE void visit_all(Visitor& visitor, const Pixel<V, kC, kMasks>& pixel, i
 }
 
 // A list of sets. Its masks are taken in groups: a table holds what each part of a group, that is each of its subsets,
-// adds to a node, so that a set costs an addition for each group. On the way back sums go into the same places, and from
-// there through the group's tree to its masks.
+// adds to a node, so that a set costs an addition for each group. On the way back sums go into the same places, and
+// from there through the group's tree to its masks.
 constexpr int kGroup = 3, kParts = 1 << kGroup, kGroups = (kListedMasks + kGroup - 1) / kGroup;
 
 template <class V, int kC>
@@ -480,7 +480,8 @@ IIO_INLINE void visit_subsets(const Tile<T>& tile, int64_t first, const Vec<T>* 
   }
 }
 
-// The stages `errors` and `gradients`, those of a list, and `weighted_gradients`. `finish` finds T in dmasks and sum_i d_i dr_i in dimage.
+// The stages `errors` and `gradients`, those of a list, and `weighted_gradients`. `finish` finds T in dmasks and sum_i
+// d_i dr_i in dimage.
 template <Stage stage, class T>
 void subsets(Image<T> image, int64_t chunk) {
   const Chunk<T> tiles{image, chunk};
@@ -689,16 +690,11 @@ int64_t units(const Inpainting<T>& args, Stage stage) {
   switch (stage) {
     case Stage::totals:
     case Stage::losses:
-    case Stage::gradient_totals:
-      return 1;
-    case Stage::rows:
-      return layout.groups * args.H;
-    case Stage::columns:
-      return layout.groups * args.W;
-    case Stage::entropies:
-      return int64_t(1) << (args.K - kEntropiesLow);
-    default:
-      return layout.chunks;
+    case Stage::gradient_totals: return 1;
+    case Stage::rows: return layout.groups * args.H;
+    case Stage::columns: return layout.groups * args.W;
+    case Stage::entropies: return int64_t(1) << (args.K - kEntropiesLow);
+    default: return layout.chunks;
   }
 }
 

@@ -1,8 +1,8 @@
 // The operators of inpainting on the CPU: a call's stages, spread over torch's threads.
+#include <algorithm>
+
 #include "iio_loss_operators.h"
 #include "isa.h"
-
-#include <algorithm>
 
 namespace iio {
 namespace {
@@ -31,7 +31,8 @@ std::vector<Stage> stages(Stage stage) {
   then({stage});
   if (stage == Stage::entropies || stage == Stage::predictions) return all;
   if (stage != Stage::prediction_gradients) then({Stage::losses});
-  if (stage != Stage::errors && stage != Stage::listed_errors) then({Stage::gradient_totals, Stage::columns, Stage::rows, Stage::finish});
+  if (stage != Stage::errors && stage != Stage::listed_errors)
+    then({Stage::gradient_totals, Stage::columns, Stage::rows, Stage::finish});
   return all;
 }
 

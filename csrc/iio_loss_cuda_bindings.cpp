@@ -1,11 +1,11 @@
 // The operators of inpainting on a GPU: memory from torch's allocator, kernels on torch's stream.
 #define USE_CUDA  // asks torch's shim.h for the current stream
-#include "iio_loss_cuda.h"
-#include "iio_loss_operators.h"
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include <climits>
+
+#include "iio_loss_cuda.h"
+#include "iio_loss_operators.h"
 
 namespace iio {
 namespace {

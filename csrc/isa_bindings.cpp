@@ -1,7 +1,7 @@
 // What `python -m iio_kernels` reports.
-#include "isa.h"
-
 #include <exception>
+
+#include "isa.h"
 
 extern "C" __attribute__((visibility("default"))) const char* iio_kernels_instruction_set() {
   static std::string answer;

@@ -1,9 +1,9 @@
 // The products of a block of inputs with the slots, and of the slots with a weight, for one instruction set.
 //
-// Rows x[n] of a block's inputs come as pointers; those of the slots, w[s], lie D apart; D fills cache lines. c[s][n] is
-// a coefficient for a slot and an input, (M, kBlock). While rows are read for the first time, as much memory is fetched
-// from the address `next` on, for the next block: a processor foresees long runs of addresses, and the rows of one block
-// are a short one. (Half of the time of large calls went by waiting for them.)
+// Rows x[n] of a block's inputs come as pointers; those of the slots, w[s], lie D apart; D fills cache lines. c[s][n]
+// is a coefficient for a slot and an input, (M, kBlock). While rows are read for the first time, as much memory is
+// fetched from the address `next` on, for the next block: a processor foresees long runs of addresses, and the rows of
+// one block are a short one. (Half of the time of large calls went by waiting for them.)
 #pragma once
 
 #include "simd.h"
@@ -26,8 +26,8 @@ void combine(const T* c, const T* w, int64_t M, int64_t D, T* const* out, bool s
 template <class T>
 void accumulate(const T* c, const T* const* x, int64_t M, int64_t D, T* total, uintptr_t next);
 
-// y[s] += sum_i x[s][i] w[i], for M slots; rows of x lie `stride` apart, those of w (I, O) and of y O apart, which fills
-// cache lines.
+// y[s] += sum_i x[s][i] w[i], for M slots; rows of x lie `stride` apart, those of w (I, O) and of y O apart, which
+// fills cache lines.
 template <class T>
 void add_linear(const T* x, int64_t stride, int64_t M, const T* w, int64_t I, int64_t O, T* y);
 

@@ -1,13 +1,13 @@
 // The operators iterations_forward and iterations_backward: what they are given is checked, results are allocated, and
 // the stages of slot_attention_module.h run on torch's own threads.
-#include "bindings.h"
-#include "isa.h"
-#include "slot_attention_module.h"
-
 #include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "bindings.h"
+#include "isa.h"
+#include "slot_attention_module.h"
 
 namespace iio {
 namespace {

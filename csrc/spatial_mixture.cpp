@@ -1,4 +1,5 @@
-// The spatial mixture on the CPU, for one instruction set. spatial_mixture.h has the formulas, pixels.h the way to the pixels.
+// The spatial mixture on the CPU, for one instruction set. spatial_mixture.h has the formulas, pixels.h the way to the
+// pixels.
 #include "spatial_mixture.h"
 
 namespace iio::IIO_ISA {
@@ -63,7 +64,7 @@ class SlotSums {
   Vec<T> most;  // the largest y_k
 
  private:
-  const T* e;  // e^(y_k - next), but 0 for the largest
+  const T* e;            // e^(y_k - next), but 0 for the largest
   Vec<T> next, largest;  // the largest y_k but one; which k the largest has
   Vec<T> rest, ratio, total, inverse;
 };

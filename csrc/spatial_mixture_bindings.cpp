@@ -1,12 +1,12 @@
 // The operators mixture_forward and mixture_backward: what they are given is checked, results are allocated, and the
 // stages of spatial_mixture.h run on torch's own threads.
-#include "isa.h"
-#include "spatial_mixture.h"
-#include "pixels_bindings.h"
-
 #include <cmath>
 #include <optional>
 #include <tuple>
+
+#include "isa.h"
+#include "pixels_bindings.h"
+#include "spatial_mixture.h"
 
 namespace iio {
 namespace {
