@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from iio_kernels.runtime.compile import constant_when_compiled
+from iio_kernels.runtime.torch_private import constant_when_compiled
 
 AFunction = TypeVar("AFunction", bound=type[Function])
 

@@ -17,8 +17,8 @@ import torch
 
 from iio_kernels import ops
 from iio_kernels.runtime import build, triton_support
-from iio_kernels.runtime.compile import constant_when_compiled
 from iio_kernels.runtime.options import Present
+from iio_kernels.runtime.torch_private import constant_when_compiled
 
 #: The operations, a folder each in iio_kernels/ops.
 OPERATIONS = tuple(sorted(folder.name for folder in pkgutil.iter_modules(ops.__path__) if folder.ispkg))

@@ -14,10 +14,10 @@ import warnings
 import torch
 
 from iio_kernels.runtime.build_errors import BuildError, NoCompiler, one_line
-from iio_kernels.runtime.compile import constant_when_compiled
 from iio_kernels.runtime.compilers import compiler_version, find_compiler, find_nvcc
 from iio_kernels.runtime.libraries import CPU, CUDA, INSTRUCTION_SETS, Library, csrc
 from iio_kernels.runtime.library_cache import PRIVATE, built, cache_folders
+from iio_kernels.runtime.torch_private import constant_when_compiled
 
 __all__ = [
     "CPU",

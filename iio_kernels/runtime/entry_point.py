@@ -6,11 +6,12 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from iio_kernels._version import __version__
+from iio_kernels.runtime.torch_private import register_with_compile
 
 #: The files of an installed distribution, which pyproject.toml makes as well.
 FILES = {
@@ -25,11 +26,13 @@ def announce() -> None:
     torch.compile itself, which takes seconds to import, is not imported for it.
     """
     sys.meta_path.append(_Finder)
-    registry = sys.modules.get("torch._dynamo.backends.registry")
-    if registry is not None and "iio_kernels" not in registry._BACKENDS:
-        from iio_kernels.acceleration import inductor
+    register_with_compile("iio_kernels", _inductor)
 
-        registry.register_backend(inductor, name="iio_kernels")
+
+def _inductor() -> Callable[..., Any]:
+    from iio_kernels.acceleration import inductor
+
+    return inductor
 
 
 class _Distribution(importlib.metadata.Distribution):

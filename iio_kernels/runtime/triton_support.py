@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.runtime.compile import constant_when_compiled
+from iio_kernels.runtime.torch_private import constant_when_compiled
 
 #: Kernels then run as Python on tensors of any device. Triton reads it when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iio_kernels.runtime.compile import constant_when_compiled
+from iio_kernels.runtime.torch_private import constant_when_compiled
 
 #: Masks in a draw at most, whichever backend.
 MAX_MASKS = 32
