@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from iio_kernels.runtime import build, compilation, libraries
-from iio_kernels.runtime import library_cache as cache
+from iio_kernels.runtime import build, compilation, libraries, library_cache
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(build.missing() is not None, reason=f"no CPU kernels: {build.missing()}")
@@ -120,7 +119,7 @@ def test_four_processes_at_once_build_it_once(tmp_path, compiler):
 @needs_kernels
 def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
     (tmp_path / "cache").mkdir()
-    with cache.exclusive(tmp_path / "cache" / "lock"):
+    with library_cache.exclusive(tmp_path / "cache" / "lock"):
         waiting = start(tmp_path / "cache", compiler)
         assert f"another process compiles to {tmp_path / 'cache'}; waiting for it" in waiting.stderr.readline()
     assert "serves: ['cpu', 'reference']" in finish(waiting)[0]
@@ -272,7 +271,7 @@ def test_a_build_that_fails_is_told_once_and_the_reference_serves(tmp_path, comp
 
 
 def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_path, monkeypatch):
-    library = tmp_path / f"{cache.PRIVATE}1" / "cpu-1.so"
+    library = tmp_path / f"{library_cache.PRIVATE}1" / "cpu-1.so"
     library.parent.mkdir()
     library.write_text("not a library")
     monkeypatch.setattr(build, "built", lambda _: library)

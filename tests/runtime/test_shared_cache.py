@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import ninja
 import pytest
 
-from iio_kernels.runtime import build, trust
-from iio_kernels.runtime import library_cache as cache
+from iio_kernels.runtime import build, library_cache, trust
 from iio_kernels.runtime.trust import open_to_others
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,10 @@ needs_kernels = pytest.mark.skipif(build.missing() is not None, reason=f"no CPU 
 SERVER = """
 import ctypes, json, os, sys, tempfile, threading, warnings
 import torch
+import ninja, ninja.ninja_syntax
 import iio_kernels, iio_kernels.runtime.build as build
 
+ninja.BIN_DIR = os.environ["TOOLS"]
 warnings.simplefilter("ignore", DeprecationWarning)
 torch.version.cuda = "13.0"
 torch.cuda.is_available = lambda: True
@@ -101,7 +103,9 @@ def world() -> Iterator[SimpleNamespace]:
         (folder / library).chmod(0o777)  # what is linked, is so less the umask
         (folder / "bin" / name).write_text(COMPILER.replace("LIBRARY", str(folder / library)))
         (folder / "bin" / name).chmod(0o755)
+    shutil.copy(Path(ninja.BIN_DIR, "ninja"), folder / "bin")  # an environment of root's need not be open to others
     environment = os.environ | {"PYTHONPATH": str(folder / "site"), "TRITON_INTERPRET": "0"}
+    environment["TOOLS"] = str(folder / "bin")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, cwd="/", **pipes)
     yield SimpleNamespace(folder=folder, server=server)
@@ -299,7 +303,7 @@ def test_a_pipe_in_place_of_the_lock_hangs_nobody(case):
     signal.alarm(5)
     os.seteuid(USER)
     try:
-        with cache.exclusive(lock) as alone:
+        with library_cache.exclusive(lock) as alone:
             assert alone
     finally:
         os.seteuid(0)
@@ -319,7 +323,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path, monkeypatch):
         return opened(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", cannot_write)
-    with pytest.raises(OSError, match="symbolic links"), cache.exclusive(tmp_path / "lock"):
+    with pytest.raises(OSError, match="symbolic links"), library_cache.exclusive(tmp_path / "lock"):
         pass
 
 
@@ -366,10 +370,10 @@ def test_links_are_followed_to_what_they_lead_to(tmp_path, monkeypatch):
     (tmp_path / "safe" / "link").symlink_to(tmp_path / "open")
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(tmp_path / "safe" / "link"))
     assert build.cache_folders()[0] == tmp_path / "open"
-    assert cache._trusted(build.cache_folders()[0]) is None
+    assert library_cache._trusted(build.cache_folders()[0]) is None
     (tmp_path / "open" / "cpu-1.so").touch()
     (tmp_path / "safe" / "cpu-1.so").symlink_to(tmp_path / "open" / "cpu-1.so")
-    assert cache._trusted(tmp_path / "safe" / "cpu-1.so") is None
+    assert library_cache._trusted(tmp_path / "safe" / "cpu-1.so") is None
 
 
 @pytest.mark.parametrize(
@@ -390,14 +394,14 @@ def test_a_link_in_a_cache_is_judged_with_its_folder(
     file, cache = tmp_path / "file", tmp_path / "cache"
     file.write_text("of root")
     cache.mkdir()
-    link = cache / f"cpu-1-{cache.content_hash(file)}.so"
+    link = cache / f"cpu-1-{library_cache.content_hash(file)}.so"
     link.symlink_to(file)
     os.chown(link, link_owner, link_owner, follow_symlinks=False)
     os.chown(cache, folder_owner, folder_owner)
     cache.chmod(mode)
     monkeypatch.setenv("IIO_KERNELS_CACHE", str(cache))
     monkeypatch.setenv("IIO_KERNELS_TRUST_CACHE", trust)
-    assert cache._cached(cache, "cpu-1") == (file if loaded else None)
+    assert library_cache._cached(cache, "cpu-1") == (file if loaded else None)
 
 
 OUTSIDE = 65534
