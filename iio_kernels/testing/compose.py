@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.compose.api import composition_error
 from iio_kernels.runtime.numerics import twice_and_4_units
 
 
@@ -111,3 +112,7 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     the last place of the largest value besides, since eager may be exact.
     """
     return twice_and_4_units(truth, eager)
+
+
+#: The cases have an image to compare with.
+FUNCTION = composition_error
