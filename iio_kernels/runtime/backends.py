@@ -16,22 +16,18 @@ from types import ModuleType
 
 import torch
 
-from iio_kernels import ops
 from iio_kernels.runtime import build, triton_support
 from iio_kernels.runtime.compile import constant_when_compiled
 from iio_kernels.runtime.options import Present
 
-#: The operations, a folder each in iio_kernels/ops.
-OPERATIONS = tuple(sorted(folder.name for folder in pkgutil.iter_modules(ops.__path__) if folder.ispkg))
+#: The folder of the operations, and their names, which are those of its folders.
+FOLDER = Path(__file__).parents[1] / "ops"
+OPERATIONS = tuple(sorted(found.name for found in pkgutil.iter_modules([str(FOLDER)]) if found.ispkg))
 
 
 def with_file(backend: str) -> tuple[str, ...]:
     """The operations whose folders have a file `backend`.py."""
-
-    def files(op: str) -> set[str]:
-        return {file.name for file in pkgutil.iter_modules([str(Path(path, op)) for path in ops.__path__])}
-
-    return tuple(op for op in OPERATIONS if backend in files(op))
+    return tuple(op for op in OPERATIONS if any(x.name == backend for x in pkgutil.iter_modules([str(FOLDER / op)])))
 
 
 @dataclass(frozen=True)
