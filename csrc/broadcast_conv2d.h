@@ -28,9 +28,7 @@ struct Axis {
   }
   // The rows of class c are `first(c)`, and every `period` further one below `last(c)`.
   IIO_INLINE int64_t first(int64_t c) const { return c < head + period ? c : c + size - classes(); }
-  IIO_INLINE int64_t last(int64_t c) const {
-    return c < head || c >= head + period ? first(c) + 1 : size - tail;
-  }
+  IIO_INLINE int64_t last(int64_t c) const { return c < head || c >= head + period ? first(c) + 1 : size - tail; }
 };
 
 // "Arithmetic" below is float or double.

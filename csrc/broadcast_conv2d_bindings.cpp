@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor> broadcast_backward(Tensor d_out, Tensor constant, Ten
   Tensor d_map = new_result(constant, shape, call.arithmetic);
   shape.insert(shape.begin(), call.chunks());
   Tensor partials = new_result(constant, shape, call.arithmetic);
-  Tensor d_constant = new_result(constant, {call.M, call.rows.classes(), call.columns.classes(), call.O}, call.arithmetic);
+  Tensor d_constant =
+      new_result(constant, {call.M, call.rows.classes(), call.columns.classes(), call.O}, call.arithmetic);
   call.d_map = d_map.mutable_data_ptr();
   call.partials = partials.mutable_data_ptr();
   call.d_constant = d_constant.mutable_data_ptr();

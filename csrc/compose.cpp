@@ -137,8 +137,8 @@ class CompositionChunk : public Chunk<T> {
 
   const Composition& call;
 
-  T *rgba_room, *d_rgba_room;                         // (K, C + 1, kBlock)
-  T *a_room, *da_room;                                // (K, kBlock)
+  T *rgba_room, *d_rgba_room;                        // (K, C + 1, kBlock)
+  T *a_room, *da_room;                               // (K, kBlock)
   T *x_room, *x_hat_room, *d_x_room, *d_x_hat_room;  // (C, kBlock)
 };
 

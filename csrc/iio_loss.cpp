@@ -689,16 +689,11 @@ int64_t units(const Inpainting<T>& args, Stage stage) {
   switch (stage) {
     case Stage::totals:
     case Stage::losses:
-    case Stage::gradient_totals:
-      return 1;
-    case Stage::rows:
-      return layout.groups * args.H;
-    case Stage::columns:
-      return layout.groups * args.W;
-    case Stage::entropies:
-      return int64_t(1) << (args.K - kEntropiesLow);
-    default:
-      return layout.chunks;
+    case Stage::gradient_totals: return 1;
+    case Stage::rows: return layout.groups * args.H;
+    case Stage::columns: return layout.groups * args.W;
+    case Stage::entropies: return int64_t(1) << (args.K - kEntropiesLow);
+    default: return layout.chunks;
   }
 }
 

@@ -77,7 +77,7 @@ struct Work {
   const int tiles = tiling.down * tiling.across, chunks = (pixels + kChunk - 1) / kChunk;
 
   T* const scratch;
-  int64_t size = 0;  // of scratch memory
+  int64_t size = 0;                                                            // of scratch memory
   T* const filtered = part(B * planes * pixels);                               // (B, K, C + 1, H * W): the planes
   T* const half_filtered = part(tiling.passes > 0 ? 0 : B * planes * pixels);  // the same, for `pass`
   T* const sums = part(B * planes * tiles);                                    // (B, K, C + 1, tiles): of the products
@@ -372,8 +372,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) products(const __grid_constan
 
 // One pass over all planes, along rows or columns: a thread for each pixel.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) pass(const __grid_constant__ Work<T> work, const T* from, T* to,
-                                                     bool along_rows) {
+__global__ void __launch_bounds__(kTileThreads)
+    pass(const __grid_constant__ Work<T> work, const T* from, T* to, bool along_rows) {
   T* const taps = shared_memory<T>();
   make_taps(work, taps);
   __syncthreads();
@@ -555,7 +555,7 @@ struct Pairs {
   __device__ void add(int i, const Pixel<T, kC, 1>& mask) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      Node<T, kC>*const node = nodes[j];
+      Node<T, kC>* const node = nodes[j];
       if (words[j] >> i & 1) {
         node[0] = node[0].with(mask, 0);
         node[1] = node[1].without(mask, 0);
@@ -766,9 +766,8 @@ __global__ void __launch_bounds__(kChunk) prediction_gradients(const __grid_cons
   const AtMask<T> at(work);
   const auto store = [&](int c, T x) {
     if (at.inside) work.plane(at.b, at.i, c)[at.p] = x;
-    block_sums<1>(&x, shared_memory<T>(), [&](int, T sum) {
-      work.gradient_sums[work.index(at.b, at.i, c) * work.chunks + at.chunk] = sum;
-    });
+    block_sums<1>(&x, shared_memory<T>(),
+                  [&](int, T sum) { work.gradient_sums[work.index(at.b, at.i, c) * work.chunks + at.chunk] = sum; });
   };
   const T d = at.filtered(work.C);
   T dd = 0;
@@ -931,24 +930,17 @@ void queue_stage(const Work<T>& work, Stage stage, Queue& queue) {
       queue_subsets(kernel_of_subsets<Stage::errors>(work, each_K));
       queue.launch(losses<T>, work.B, kWarp, 0, work);
       break;
-    case Stage::gradients:
-      queue_subsets(kernel_of_subsets<Stage::gradients>(work, each_K));
-      break;
-    case Stage::weighted_gradients:
-      queue_subsets(kernel_of_subsets<Stage::weighted_gradients>(work, each_K));
-      break;
+    case Stage::gradients: queue_subsets(kernel_of_subsets<Stage::gradients>(work, each_K)); break;
+    case Stage::weighted_gradients: queue_subsets(kernel_of_subsets<Stage::weighted_gradients>(work, each_K)); break;
     case Stage::entropies:
       queue.launch(kernel_of_entropies(work, each_K), work.B << (work.K - kEntropiesLow), kTileThreads,
                    Totals<T>::shared(work, work.K << kEntropiesLow, kTileThreads) * sizeof(T), work);
       break;
-    case Stage::predictions:
-      queue.launch(predictions<T>, work.K * chunks, kChunk, 0, work);
-      break;
+    case Stage::predictions: queue.launch(predictions<T>, work.K * chunks, kChunk, 0, work); break;
     case Stage::prediction_gradients:
       queue.launch(prediction_gradients<T>, work.K * chunks, kChunk, kChunk / kWarp * sizeof(T), work);
       break;
-    default:
-      queue.error = cudaErrorInvalidValue;
+    default: queue.error = cudaErrorInvalidValue;
   }
 }
 

@@ -73,13 +73,19 @@ struct InpaintingKernels {
               T* thread_scratch);
 };
 
-#define IIO_INPAINTING_KERNELS                               \
-  extern const InpaintingKernels<float> inpainting_float;   \
+#define IIO_INPAINTING_KERNELS                            \
+  extern const InpaintingKernels<float> inpainting_float; \
   extern const InpaintingKernels<double> inpainting_double;
 
-namespace baseline { IIO_INPAINTING_KERNELS }
-namespace avx2 { IIO_INPAINTING_KERNELS }
-namespace avx512 { IIO_INPAINTING_KERNELS }
+namespace baseline {
+IIO_INPAINTING_KERNELS
+}
+namespace avx2 {
+IIO_INPAINTING_KERNELS
+}
+namespace avx512 {
+IIO_INPAINTING_KERNELS
+}
 
 #undef IIO_INPAINTING_KERNELS
 

@@ -31,7 +31,8 @@ std::vector<Stage> stages(Stage stage) {
   then({stage});
   if (stage == Stage::entropies || stage == Stage::predictions) return all;
   if (stage != Stage::prediction_gradients) then({Stage::losses});
-  if (stage != Stage::errors && stage != Stage::listed_errors) then({Stage::gradient_totals, Stage::columns, Stage::rows, Stage::finish});
+  if (stage != Stage::errors && stage != Stage::listed_errors)
+    then({Stage::gradient_totals, Stage::columns, Stage::rows, Stage::finish});
   return all;
 }
 

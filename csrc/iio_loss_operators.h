@@ -121,9 +121,9 @@ struct Operators {
     }
     STD_TORCH_CHECK(pairs.scalar_type() == ScalarType::Long, "pairs must be int64");
     STD_TORCH_CHECK(weights.scalar_type() == masks.scalar_type(), "weights must have the dtype of masks");
-    STD_TORCH_CHECK(pairs.dim() == 2 && weights.dim() == 1 && pairs.size(0) == masks.size(0) &&
-                        pairs.size(1) == weights.size(0),
-                    "expected pairs (B, P) and weights (P,) for masks of B images");
+    STD_TORCH_CHECK(
+        pairs.dim() == 2 && weights.dim() == 1 && pairs.size(0) == masks.size(0) && pairs.size(1) == weights.size(0),
+        "expected pairs (B, P) and weights (P,) for masks of B images");
   }
 
   static void check_gradient(const Tensor& gradient, const Tensor& image, const std::vector<int64_t>& shape) {
@@ -222,7 +222,7 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor> inpaint_backward(const Tensor& gradient, const Tensor& image, const Tensor& masks,
-                                                    double sigma, int64_t kernel_size, int64_t repeats, double eps) {
+                                                     double sigma, int64_t kernel_size, int64_t repeats, double eps) {
     return with_call(image, masks, {sigma, kernel_size, repeats, eps}, [&](auto& call) {
       check_gradient(gradient, image, {call.B, masks.size(1), image.size(1), image.size(2), image.size(3)});
       const Tensor psi_gradient = torch::stable::contiguous(gradient);

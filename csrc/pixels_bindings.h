@@ -76,8 +76,14 @@ class PictureTensors {
     const Tensor& y = owned.back();
     const Storage storage = storage_of(y.scalar_type());
     // Without a dimension of its own for slots or for channels, there is only one of these.
-    return {const_cast<void*>(y.const_data_ptr()), storage,     slots, channels, y.stride(0), y.stride(1),
-            y.stride(h - 1),                       y.stride(W == 1 ? h : w)};
+    return {const_cast<void*>(y.const_data_ptr()),
+            storage,
+            slots,
+            channels,
+            y.stride(0),
+            y.stride(1),
+            y.stride(h - 1),
+            y.stride(W == 1 ? h : w)};
   }
 
   // Whether so many numbers are too large for the caches, and vectors can be written past them to all of x, which has

@@ -173,10 +173,10 @@ void add_linear(const T* x, int64_t stride, int64_t M, const T* w, int64_t I, in
   }
 }
 
-#define IIO_INSTANTIATE(T)                                                                        \
-  template void dots(const T* const*, const T*, int64_t, int64_t, T*, uintptr_t);                 \
-  template void combine(const T*, const T*, int64_t, int64_t, T* const*, bool);                   \
-  template void accumulate(const T*, const T* const*, int64_t, int64_t, T*, uintptr_t);           \
+#define IIO_INSTANTIATE(T)                                                              \
+  template void dots(const T* const*, const T*, int64_t, int64_t, T*, uintptr_t);       \
+  template void combine(const T*, const T*, int64_t, int64_t, T* const*, bool);         \
+  template void accumulate(const T*, const T* const*, int64_t, int64_t, T*, uintptr_t); \
   template void add_linear(const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*);
 IIO_INSTANTIATE(float)
 IIO_INSTANTIATE(double)

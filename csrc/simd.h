@@ -183,10 +183,9 @@ struct Constants<double> {
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr int kLogTerms = 10;
-  static constexpr double kSeries[] = {0x1.af38d53857513p-26, 0x1.2891a8c1d838dp-22, 0x1.71de0d9c145d0p-19,
-                                       0x1.a019b8ef67c6cp-16, 0x1.a01a01a7c8d47p-13, 0x1.6c16c17893833p-10,
-                                       0x1.11111111109adp-7,  0x1.5555555553d4fp-5,  0x1.5555555555556p-3,
-                                       0.5};
+  static constexpr double kSeries[] = {
+      0x1.af38d53857513p-26, 0x1.2891a8c1d838dp-22, 0x1.71de0d9c145d0p-19, 0x1.a019b8ef67c6cp-16, 0x1.a01a01a7c8d47p-13,
+      0x1.6c16c17893833p-10, 0x1.11111111109adp-7,  0x1.5555555553d4fp-5,  0x1.5555555555556p-3,  0.5};
 };
 
 // e to the power x, within one unit in the last place or so; -infinity gives 0, a NaN stays one.

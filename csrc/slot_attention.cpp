@@ -361,9 +361,9 @@ class Group {
   T* lane_sums;       // (M, kLanes): sums over the inputs of the chunk
   MaskLane<T>* live;  // (heads, kBlock): whether an input takes part, as a Mask
   bool* active;       // (M): whether a slot takes part
-  T *bias, *dU_U, *inverse_S, *dS;  // (M)
-  const T **keys, **values;         // (heads, kBlock) and (kBlock): rows of the block's inputs
-  T** written;                      // (kBlock): rows of dk or dv
+  T *bias, *dU_U, *inverse_S, *dS;        // (M)
+  const T **keys, **values;               // (heads, kBlock) and (kBlock): rows of the block's inputs
+  T** written;                            // (kBlock): rows of dk or dv
   T *read_keys, *read_values, *to_write;  // those rows, where they cannot be used in place
   T* zeros;
 };

@@ -26,9 +26,9 @@ struct Strided {
 struct SlotAttention {
   Storage storage;
   int64_t B, H, K, N, Dk, Dv;  // Dv = Dk where the values are the keys
-  bool values_are_keys;  // then there is no v
-  bool joint_heads;      // one softmax over the slots of all H heads together
-  bool normalize;        // U is divided by S
+  bool values_are_keys;        // then there is no v
+  bool joint_heads;            // one softmax over the slots of all H heads together
+  bool normalize;              // U is divided by S
   double scale, eps_weights, eps_denominator;
 
   const void* q;             // (B, H, K, Dk) arithmetic

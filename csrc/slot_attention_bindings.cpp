@@ -114,10 +114,12 @@ class Call : public SlotAttention {
   std::vector<Tensor> owned;
 };
 
-std::tuple<Tensor, Tensor, Tensor> slot_attention_forward(
-    Tensor q, Tensor k, std::optional<Tensor> v, std::optional<Tensor> logit_bias, std::optional<Tensor> slot_mask,
-    std::optional<Tensor> input_mask, double scale, double eps, bool eps_in_weights, bool normalize, bool joint_heads,
-    bool return_attention) {
+std::tuple<Tensor, Tensor, Tensor> slot_attention_forward(Tensor q, Tensor k, std::optional<Tensor> v,
+                                                          std::optional<Tensor> logit_bias,
+                                                          std::optional<Tensor> slot_mask,
+                                                          std::optional<Tensor> input_mask, double scale, double eps,
+                                                          bool eps_in_weights, bool normalize, bool joint_heads,
+                                                          bool return_attention) {
   Call call(q, k, v, logit_bias, slot_mask, input_mask, scale, eps, eps_in_weights, normalize, joint_heads);
   const auto [B, H, K, N, Dv] = std::make_tuple(call.B, call.H, call.K, call.N, call.Dv);
   Tensor U = torch::stable::new_empty(k, {B, H, K, Dv}, call.arithmetic);

@@ -358,23 +358,51 @@ class Image {
 
   void write_tape(int64_t image, int64_t t) {
     const int64_t d = call.D;
-    write_columns({{s_hat, d, D}, {M, call.Dx, Dx}, {s, d, D}, {h_hat, d, D}, {y, call.H, H}, {p, call.Dx, Dx},
-                   {r, d, D}, {z, d, D}, {n, d, D}, {j_n, d, D}, {S, 1, 1}, {s_share, 1, 1}, {h_share, 1, 1}},
+    write_columns({{s_hat, d, D},
+                   {M, call.Dx, Dx},
+                   {s, d, D},
+                   {h_hat, d, D},
+                   {y, call.H, H},
+                   {p, call.Dx, Dx},
+                   {r, d, D},
+                   {z, d, D},
+                   {n, d, D},
+                   {j_n, d, D},
+                   {S, 1, 1},
+                   {s_share, 1, 1},
+                   {h_share, 1, 1}},
                   tape(image, t));
   }
 
   void read_tape(int64_t image, int64_t t, T* p_t) {
     const int64_t d = call.D;
-    read_columns(tape(image, t),
-                 {{s_hat, d, D}, {M, call.Dx, Dx}, {s, d, D}, {h_hat, d, D}, {y, call.H, H}, {p_t, call.Dx, Dx},
-                  {r, d, D}, {z, d, D}, {n, d, D}, {j_n, d, D}, {S, 1, 1}, {s_share, 1, 1}, {h_share, 1, 1}});
+    read_columns(tape(image, t), {{s_hat, d, D},
+                                  {M, call.Dx, Dx},
+                                  {s, d, D},
+                                  {h_hat, d, D},
+                                  {y, call.H, H},
+                                  {p_t, call.Dx, Dx},
+                                  {r, d, D},
+                                  {z, d, D},
+                                  {n, d, D},
+                                  {j_n, d, D},
+                                  {S, 1, 1},
+                                  {s_share, 1, 1},
+                                  {h_share, 1, 1}});
   }
 
   void write_made(int64_t image, int64_t t) {
     const int64_t d = call.D;
     T* to = static_cast<T*>(call.made) + (image * T_ + t) * K * call.made_width();
-    write_columns({{dp, call.Dx, Dx}, {di, d, 3 * D}, {di + D, d, 3 * D}, {di + 2 * D, d, 3 * D}, {dj, d, 3 * D},
-                   {dj + D, d, 3 * D}, {dj + 2 * D, d, 3 * D}, {dy, call.H, H}, {ds, d, D}},
+    write_columns({{dp, call.Dx, Dx},
+                   {di, d, 3 * D},
+                   {di + D, d, 3 * D},
+                   {di + 2 * D, d, 3 * D},
+                   {dj, d, 3 * D},
+                   {dj + D, d, 3 * D},
+                   {dj + 2 * D, d, 3 * D},
+                   {dy, call.H, H},
+                   {ds, d, D}},
                   to);
   }
 
@@ -385,9 +413,9 @@ class Image {
 
   T *s, *s_hat, *h, *h_hat, *r, *z, *n, *j_n, *i, *j, *S, *s_share, *h_share, *M, *y;  // (K, width): as in the formulas
   T *ds, *dh, *ds_before, *di, *dj, *dy, *dp, *dM_M;                                   // ds_before: through ŝ
-  T* p;          // forward (K, Dx), backward for all iterations p and dM: (T, 2, K, Dx)
-  T* c;          // forward (K, kBlock), backward (blocks, T, 2, K, kBlock): coefficients for slots and inputs
-  T* lane_sums;  // (K, kLanes)
+  T* p;            // forward (K, Dx), backward for all iterations p and dM: (T, 2, K, Dx)
+  T* c;            // forward (K, kBlock), backward (blocks, T, 2, K, kBlock): coefficients for slots and inputs
+  T* lane_sums;    // (K, kLanes)
   const T** rows;  // (blocks, kBlock): those of the inputs
   T *copies, *zeros;
   T** written;  // (kBlock): rows of dx

@@ -44,7 +44,7 @@ struct Iterations {
   int64_t B, T, K, N, D, Dx, H;
   double eps, norm_eps;
 
-  const void* x;  // (B, N, Dx) storage, rows contiguous
+  const void* x;           // (B, N, Dx) storage, rows contiguous
   int64_t x_image, x_row;  // strides in elements
 
   // The maps Wp, Wi, Wj, W1, W2 as the products read them, with rows padded: forward (in, out), backward (out, in).
@@ -61,8 +61,8 @@ struct Iterations {
   const void* d_last_slots;  // (B, K, D)
   const void* dA;            // (B, K, N) with any strides, or null
   int64_t dA_stride[3];
-  void* dx;    // (B, N, Dx) storage
-  bool stream;  // dx is too large for the caches, so leave these for what is read
+  void* dx;       // (B, N, Dx) storage
+  bool stream;    // dx is too large for the caches, so leave these for what is read
   void* d_slots;  // (B, K, D)
   void* made;     // (B, T, K, made_width()): gradients to p, i, j, y before its relu, and s'
 

@@ -63,7 +63,7 @@ class SlotSums {
   Vec<T> most;  // the largest y_k
 
  private:
-  const T* e;  // e^(y_k - next), but 0 for the largest
+  const T* e;            // e^(y_k - next), but 0 for the largest
   Vec<T> next, largest;  // the largest y_k but one; which k the largest has
   Vec<T> rest, ratio, total, inverse;
 };

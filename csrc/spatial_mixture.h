@@ -31,7 +31,7 @@ struct Mixture : Pictures {
   double log_peak;   // sum_c log N(x_c; x_c, sigma^2)
 
   // The results of forward, arithmetic; all but the first none where not asked for.
-  Pixels log_p;               // (B, 1, 1, N)
+  Pixels log_p;                // (B, 1, 1, N)
   Pixels m, q, leave_one_out;  // (B, K, 1, N)
 
   // For backward alone: gradients that come in, arithmetic, or none; and the result.
