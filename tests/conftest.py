@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -23,16 +24,8 @@ if not torch.cuda.is_available():
 import cuda_on_host
 import depth
 
-from iio_kernels.ops import (
-    broadcast_conv2d,
-    compose,
-    iio_loss,
-    slot_attention,
-    slot_attention_module,
-    spatial_mixture,
-)
 from iio_kernels.runtime import triton_support
-from iio_kernels.runtime.backends import BACKENDS, Backend
+from iio_kernels.runtime.backends import BACKENDS, OPERATIONS, Backend
 
 # pytest-xdist's processes share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -61,9 +54,10 @@ if triton_support.INTERPRETED and triton_support.missing() is None:
 # The reference's written-out gradients stand behind the autograd Functions like any other backend's, though
 # no user needs them there. Registered as one, they meet every test, and so does the way all are called.
 BACKENDS["written_out"] = Backend(device_types=None, missing=lambda: None)
-for op in (broadcast_conv2d, compose, iio_loss, slot_attention, slot_attention_module, spatial_mixture):
-    written_out = ModuleType(f"{op.__name__}.written_out")
-    written_out.__dict__.update({name: x for name, x in vars(op.reference).items() if not name.startswith("__")})
+for operation in OPERATIONS:
+    reference = import_module(f"iio_kernels.ops.{operation}.reference")
+    written_out = ModuleType(f"iio_kernels.ops.{operation}.written_out")
+    written_out.__dict__.update({name: x for name, x in vars(reference).items() if not name.startswith("__")})
     sys.modules[written_out.__name__] = written_out
 
 
@@ -78,9 +72,9 @@ def gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torc
     return backward
 
 
+inpainting = sys.modules["iio_kernels.ops.iio_loss.written_out"]
 for name in ("conditional_entropies", "inpaint"):
-    function = getattr(iio_loss.reference, name)
-    setattr(sys.modules[f"{iio_loss.__name__}.written_out"], f"{name}_backward", gradients(function))
+    setattr(inpainting, f"{name}_backward", gradients(getattr(inpainting, name)))
 
 # The CUDA backend's kernels without a GPU: slow, so only where asked for. tests/test_cuda_on_host.py takes some cases.
 if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):
@@ -157,7 +151,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The tests in test_<operation>.py, or in a file that names its OPERATION, are for the backends that have it."""
-    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    marked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = {name for names in marked for name in ([names] if isinstance(names, str) else names)}
     if "serving" in metafunc.fixturenames and "serving" not in own:
         operation = getattr(metafunc.module, "OPERATION", metafunc.module.__name__.removeprefix("test_"))
         pairs = [pair for pair in SERVING if operation in BACKENDS[pair[0]].operations]

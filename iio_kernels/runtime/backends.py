@@ -1,7 +1,7 @@
 """The backends: which exist, whether each can serve here, and which one serves a call.
 
-A backend is one file `<name>.py` in each operation's folder, imported only when it is used, and one entry in
-`BACKENDS`. Backends never import each other.
+A backend is one entry in `BACKENDS`, and one file `<name>.py` in the folder of each operation that it has kernels for,
+imported only when it is used. Backends never import each other.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from iio_kernels import ops
 from iio_kernels.runtime import build, triton_support
 from iio_kernels.runtime.options import Present
 from iio_kernels.runtime.torch_private import constant_when_compiled
 
-#: The operations, a folder each in iio_kernels/ops.
-OPERATIONS = tuple(sorted(folder.name for folder in pkgutil.iter_modules(ops.__path__) if folder.ispkg))
+#: The folder of the operations, and their names, which are those of its folders.
+FOLDER = Path(__file__).parents[1] / "ops"
+OPERATIONS = tuple(sorted(found.name for found in pkgutil.iter_modules([str(FOLDER)]) if found.ispkg))
+
+
+def with_file(backend: str) -> tuple[str, ...]:
+    """The operations whose folders have a file `backend`.py."""
+    return tuple(op for op in OPERATIONS if any(x.name == backend for x in pkgutil.iter_modules([str(FOLDER / op)])))
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,12 @@ class Backend:
 
 #: In order of preference: "auto" takes the first that serves the tensors' device.
 BACKENDS: dict[Present, Backend] = {
-    "cpu": Backend(device_types=("cpu",), missing=build.missing),
+    "cpu": Backend(("cpu",), build.missing, with_file("cpu")),
     "triton": Backend(
-        device_types=("cuda", "cpu") if triton_support.INTERPRETED else ("cuda",), missing=triton_support.missing
+        ("cuda", "cpu") if triton_support.INTERPRETED else ("cuda",), triton_support.missing, with_file("triton")
     ),
-    "cuda": Backend(device_types=("cuda",), missing=build.cuda_missing, operations=("iio_loss",)),
-    "reference": Backend(device_types=None, missing=lambda: None),
+    "cuda": Backend(("cuda",), build.cuda_missing, with_file("cuda")),
+    "reference": Backend(None, lambda: None, with_file("reference")),
 }
 
 

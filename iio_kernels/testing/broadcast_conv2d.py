@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iio_kernels.ops.broadcast_conv2d.reference import classes
+from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing.aot import arithmetic, on_meta
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,36 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     the last place of the largest value besides, since eager may be exact.
     """
     return twice_and_4_units(truth, eager)
+
+
+def launch(
+    way: str, M: int, H: int, W: int, O: int, rows: list[int], columns: list[int], dtype: torch.dtype, relu: bool = True
+) -> None:
+    """Forward or backward, of M images."""
+    kernels = implementation("broadcast_conv2d", "triton")
+
+    sums = partial(on_meta, dtype=arithmetic(dtype))
+    inputs = sums(M, sum(rows), sum(columns), O), sums(H, W, O)
+    if way == "forward":
+        kernels._broadcast_forward(*inputs, rows, columns, relu, dtype)
+    else:
+        kernels._broadcast_backward(on_meta(M, H, W, O, dtype=dtype), *inputs, rows, columns, relu)
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+SAME, TRANSPOSED = [2, 1, 2], [1, 2, 2]  # classes of 5 taps: stride 1, and a transposed convolution of stride 2
+#: Calls that are compiled for GPUs that are not here.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    f"{name}, {way}": partial(launch, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (256, 35, 35, 32, SAME, SAME, F32)),
+        ("Tetrominoes bfloat16", (256, 35, 35, 32, SAME, SAME, BF16)),
+        ("Tetrominoes float16", (256, 35, 35, 32, SAME, SAME, F16)),
+        ("no ReLU", (256, 35, 35, 32, SAME, SAME, F32, False)),
+        ("CLEVR6", (448, 16, 16, 64, TRANSPOSED, TRANSPOSED, F32)),
+        ("CLEVR6 bfloat16", (448, 16, 16, 64, TRANSPOSED, TRANSPOSED, BF16)),
+        ("IODINE", (448, 128, 128, 64, SAME, SAME, F32)),
+        ("float64", (256, 35, 35, 32, SAME, SAME, F64)),
+    )
+    for way in ("forward", "backward")
+}

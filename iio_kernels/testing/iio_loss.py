@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iio_kernels.ops.iio_loss.reference import Inpainter, inpaint
+from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing.aot import arithmetic, on_meta
 
 
 @dataclass(frozen=True)
@@ -154,3 +158,52 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     units in the last place of the largest value besides, since eager may be exact.
     """
     return twice_and_4_units(truth, eager)
+
+
+def launch(
+    operator: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, *needs: bool, kernel_size: int = 11,
+    repeats: int = 2, subsets: int = 256,
+) -> None:  # fmt: skip
+    """One of the operators, with what it `needs` besides."""
+    kernels = implementation("iio_loss", "triton")
+
+    own, results = (partial(on_meta, dtype=x) for x in (dtype, arithmetic(dtype)))
+    incoming = {
+        "conditional_entropies_backward": (B, K, 2 ** (K - 1) - 1),
+        "inpaint_backward": (B, K, C, H, W),
+    }
+    grad = (results(*incoming[operator]),) if operator in incoming else ()
+    pairs = on_meta(B, subsets // 2, dtype=torch.int64)
+    listed = (pairs, results(subsets // 2)) if operator == "sampled_iio_loss" else ()
+    inputs = *grad, own(B, C, H, W), own(B, K, H, W), *listed
+    getattr(kernels, f"_{operator}")(*inputs, 5.0, kernel_size, repeats, 1e-8, *needs)
+
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+#: Calls that are compiled for GPUs that are not here.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    name: partial(launch, *arguments, **dict(*options))
+    for name, arguments, *options in (
+        ("Tetrominoes", ("iio_loss", 64, 4, 3, 35, 35, F32, False, True)),
+        ("Tetrominoes bfloat16", ("iio_loss", 64, 4, 3, 35, 35, BF16, True, True)),
+        ("CLEVR6", ("iio_loss", 64, 7, 3, 128, 128, F32, False, True)),
+        ("CLEVR6 both gradients", ("iio_loss", 64, 7, 3, 128, 128, F32, True, True)),
+        ("CLEVR6 loss alone", ("iio_loss", 64, 7, 3, 128, 128, F32, False, False)),
+        ("K11", ("iio_loss", 8, 11, 3, 64, 64, F32, False, True)),
+        ("K16", ("iio_loss", 1, 16, 3, 35, 35, F32, False, True)),
+        ("grey 512x512", ("iio_loss", 8, 2, 1, 512, 512, F32, False, True)),
+        ("33 taps", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 33, "repeats": 1}),
+        ("25 taps thrice", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 25, "repeats": 3}),
+        ("3 taps often", ("iio_loss", 8, 2, 3, 64, 64, F32, False, True), {"kernel_size": 3, "repeats": 22}),
+        ("256 subsets of 24", ("sampled_iio_loss", 16, 24, 3, 64, 64, F32, False, True)),
+        ("256 subsets, both gradients", ("sampled_iio_loss", 16, 24, 3, 64, 64, BF16, True, True)),
+        ("256 subsets, loss alone", ("sampled_iio_loss", 16, 24, 3, 64, 64, F32, False, False)),
+        ("256 subsets, grey", ("sampled_iio_loss", 16, 24, 1, 64, 64, F32, False, True)),
+        ("256 subsets, float64", ("sampled_iio_loss", 16, 24, 3, 64, 64, F64, True, True)),
+        ("entropies", ("conditional_entropies", 64, 7, 3, 128, 128, F32)),
+        ("entropies backward", ("conditional_entropies_backward", 64, 7, 3, 128, 128, F32, True)),
+        ("predictions", ("inpaint", 64, 7, 3, 128, 128, F32)),
+        ("predictions backward", ("inpaint_backward", 64, 7, 3, 128, 128, F32)),
+        ("float64", ("iio_loss", 8, 4, 3, 35, 35, F64, True, True)),
+    )
+}

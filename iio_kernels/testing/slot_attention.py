@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing.aot import arithmetic, on_meta
 
 
 @dataclass(frozen=True)
@@ -163,3 +167,51 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     overflowed or divided by an underflowed eps excuses nothing.
     """
     return twice_and_4_units(truth, eager)
+
+
+def launch(
+    way: str, batch: int, K: int, N: int, D: int, dtype: torch.dtype, heads: int = 1, everything: bool = False,
+    values: bool = True,
+) -> None:  # fmt: skip
+    """With `everything`, with each of its options, heads joint."""
+    kernels = implementation("slot_attention", "triton")
+
+    own, sums = (partial(on_meta, batch, heads, dtype=x) for x in (dtype, arithmetic(dtype)))
+    options = sums(K), own(K).bool(), own(N).bool()
+    inputs = own(K, D), own(N, D), own(N, D) if values else None, *(options if everything else (None,) * 3)
+    arguments = D**-0.5, 1e-8, True, True, everything
+    if way == "forward":
+        kernels.slot_attention_forward(*inputs, *arguments, everything)
+    else:
+        dS, dA = (sums(K), own(K, N)) if everything else (None, None)
+        kernels.slot_attention_backward(sums(K, D), dS, dA, *inputs, sums(K, D), sums(K), *arguments)
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+#: Every row of the table of settings at least once, and the sizes in use.
+LAUNCHED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "Tetrominoes": ((64, 4, 1225, 64, F32), {}),
+    "CLEVR6": ((64, 7, 16384, 64, F32), {}),
+    "set prediction": ((512, 10, 1024, 64, F32), {}),
+    "DINOSAUR float32": ((64, 7, 784, 256, F32), {}),
+    "SAVi": ((64, 24, 4096, 192, F32), {}),
+    "K64 D1024": ((64, 64, 1024, 1024, F32), {}),
+    "Tetrominoes bfloat16": ((64, 4, 1225, 64, BF16), {}),
+    "DINOSAUR": ((64, 7, 784, 256, BF16), {}),
+    "SAVi bfloat16": ((64, 24, 4096, 192, BF16), {}),
+    "K10 D1024 bfloat16": ((64, 10, 1024, 1024, BF16), {}),
+    "K64 D128 bfloat16": ((64, 64, 1024, 128, BF16), {}),
+    "DINOSAUR float16": ((64, 7, 784, 256, F16), {}),
+    "SAVi float16": ((64, 24, 4096, 192, F16), {}),
+    "K64 D128 float16": ((64, 64, 1024, 128, F16), {}),
+    "float64": ((4, 7, 300, 64, F64), {}),
+    "all options": ((16, 7, 1024, 64, F32), {"heads": 4, "everything": True}),
+    "all options bfloat16": ((16, 24, 1024, 192, BF16), {"heads": 4, "everything": True}),
+    "from inputs": ((64, 4, 1225, 32, F32), {"values": False}),
+}
+#: Calls that are compiled for GPUs that are not here.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    f"{name}, {way}": partial(launch, way, *sizes, **options)
+    for name, (sizes, options) in LAUNCHED.items()
+    for way in ("forward", "backward")
+}

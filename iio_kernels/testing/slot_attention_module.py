@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iio_kernels.ops.slot_attention_module.api import SlotAttentionWeights
+from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing.aot import arithmetic, on_meta
 
 
 @dataclass(frozen=True)
@@ -118,3 +122,37 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     queries have in common changes no softmax over slots.
     """
     return 1.5 * twice_and_4_units(truth, eager) + 16 * torch.finfo(torch.float32).eps
+
+
+def launch(
+    way: str, B: int, N: int, K: int, Dx: int, D: int, H: int, dtype: torch.dtype, attention: bool = False
+) -> None:
+    """Forward or backward, of three iterations."""
+    kernels = implementation("slot_attention_module", "triton")
+    from iio_kernels.ops.slot_attention_module.reference import made_by_maps, on_tape, read_by_maps
+
+    own, results = (partial(on_meta, dtype=x) for x in (dtype, arithmetic(dtype)))
+    x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)
+    weights = [results(*shape) for shape in zip(made, read_by_maps(D, Dx, H), strict=True)]
+    if way == "forward":
+        kernels._iterations_forward(x, slots, weights, [results(width) for width in made], 3, 1e-8, 1e-5, attention)
+    else:
+        tape, dA = results(B, 3, K, sum(on_tape(D, Dx, H))), results(B, K, N) if attention else None
+        kernels._iterations_backward(slots, dA, x, tape, weights, 1e-8)
+
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+#: Calls that are compiled for GPUs that are not here.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    f"{name}, {way}": partial(launch, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (64, 1225, 4, 32, 64, 128, F32)),
+        ("Tetrominoes bfloat16", (64, 1225, 4, 32, 64, 128, BF16)),
+        ("CLEVR6", (64, 16384, 7, 64, 64, 128, F32)),
+        ("CLEVR6 bfloat16", (64, 16384, 7, 64, 64, 128, BF16)),
+        ("K16 D256", (64, 1024, 16, 64, 256, 256, F32, True)),
+        ("Tetrominoes with attention", (64, 1225, 4, 32, 64, 128, F32, True)),
+        ("float64", (4, 300, 7, 32, 64, 128, F64)),
+    )
+    for way in ("forward", "backward")
+}

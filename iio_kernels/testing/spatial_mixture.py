@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing.aot import arithmetic, on_meta
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,36 @@ def allowed_error(truth: Tensor, eager: Tensor) -> float:
     the last place of the largest value besides, since eager may be exact.
     """
     return twice_and_4_units(truth, eager)
+
+
+def launch(
+    way: str, B: int, K: int, C: int, H: int, W: int, dtype: torch.dtype, channels_last: bool, everything: bool = True
+) -> None:
+    """With `everything` all results, or all gradients; otherwise the log-likelihood's."""
+    kernels = implementation("spatial_mixture", "triton")
+
+    own, results = (partial(on_meta, dtype=x) for x in (dtype, arithmetic(dtype)))
+    decoded, image = own(B, K, C + 1, H, W), results(B, C, H, W)
+    if channels_last:
+        decoded = own(B, K, H, W, C + 1).permute(0, 1, 4, 2, 3)
+    if way == "forward":
+        kernels._mixture_forward(image, decoded, 0.1, everything)
+    else:
+        incoming = results(B, H, W), *(results(B, K, H, W) if everything else None for _ in range(2))
+        kernels._mixture_backward(*incoming, image, decoded, 0.1, everything)
+
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+#: Calls that are compiled for GPUs that are not here.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    f"{name}, {way}": partial(launch, way, *arguments)
+    for name, arguments in (
+        ("Tetrominoes", (32, 4, 3, 35, 35, F32, True)),
+        ("log-likelihood", (32, 4, 3, 35, 35, F32, True, False)),
+        ("CLEVR plain", (32, 7, 3, 128, 128, F32, False)),
+        ("CLEVR bfloat16", (32, 7, 3, 128, 128, BF16, True)),
+        ("K24", (8, 24, 3, 64, 64, BF16, True)),
+        ("float64", (8, 4, 3, 35, 35, F64, False)),
+    )
+    for way in ("forward", "backward")
+}

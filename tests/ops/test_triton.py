@@ -12,14 +12,13 @@ import test_slot_attention
 import test_slot_attention_module
 import test_spatial_mixture
 import torch
-from aot import ARCHITECTURES, Compiled, compile_calls
 from conftest import DEEP
-from launches import CALLS
 from torch import Tensor
 
 from iio_kernels import slot_attention, slot_attention_from_inputs, spatial_mixture
 from iio_kernels.runtime import triton_support
 from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing.aot import ARCHITECTURES, Compiled, all_calls, compile_calls
 from iio_kernels.testing.slot_attention import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +173,7 @@ def test_results_are_rounded_once_from_float32(name, dtype):
 def compiled() -> list[Compiled]:
     """What every call takes of every architecture; in a quick check of each change, of one for each maker."""
     pytest.importorskip("triton")
-    return compile_calls("launches", list(CALLS), list(ARCHITECTURES) if DEEP else ["sm_90", "gfx942"])
+    return compile_calls(all_calls(), list(ARCHITECTURES) if DEEP else ["sm_90", "gfx942"])
 
 
 def test_kernels_fit_the_gpus_they_are_compiled_for(compiled, capsys):

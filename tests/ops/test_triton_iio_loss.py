@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launches import inpainting
 from test_triton import DEVICE, here
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iio_kernels import conditional_entropies, iio_loss, inpaint
 from iio_kernels.runtime.backends import BACKENDS
-from iio_kernels.testing.iio_loss import Case
+from iio_kernels.testing.iio_loss import Case, launch
 
 
 def results(function, tensors: tuple[Tensor, ...], backend: str = "triton", **options) -> tuple[Tensor, ...]:
@@ -134,13 +133,13 @@ def launches(monkeypatch) -> list[str]:
 
 @here
 def test_a_training_step_takes_four_launches(launches):
-    inpainting("iio_loss", 64, 4, 3, 35, 35, torch.float32, False, True)
+    launch("iio_loss", 64, 4, 3, 35, 35, torch.float32, False, True)
     assert launches == ["filter_planes", "subsets", "filter_planes", "masks_gradient"]
 
 
 @here
 def test_a_step_with_a_list_and_both_gradients_takes_five(launches):
-    inpainting("sampled_iio_loss", 16, 24, 3, 64, 64, torch.float32, True, True)
+    launch("sampled_iio_loss", 16, 24, 3, 64, 64, torch.float32, True, True)
     assert launches == ["filter_planes", "listed_subsets", "filter_planes", "masks_gradient", "image_gradient"]
 
 
@@ -148,6 +147,6 @@ def test_a_step_with_a_list_and_both_gradients_takes_five(launches):
 def test_memory_is_that_of_the_planes(launches):
     B, K, C, H, W = 64, 7, 3, 128, 128
     with Allocations() as allocated:
-        inpainting("iio_loss", B, K, C, H, W, torch.float32, False, True)
+        launch("iio_loss", B, K, C, H, W, torch.float32, False, True)
     inputs, result = (4 * planes * B * H * W for planes in (K + C, K))
     assert allocated.bytes - inputs - result < 3 * inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,30 +53,6 @@ def test_backends_names_them_all_with_the_reason_against(registry):
     registry["here"] = Backend(None, lambda: None)
     registry["away"] = Backend(("cuda",), lambda: "no compiler was found")
     assert iio_kernels.backends() == {"here": None, "away": "no compiler was found"}
-
-
-@pytest.mark.parametrize("op", [*backends.OPERATIONS])
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference" and usable(name)])
-def test_every_backend_offers_every_operation(name, op):
-    kernels = backends.implementation(op, name)
-    assert isinstance(kernels, ModuleType)
-    offered = {
-        "broadcast_conv2d": ("forward", "backward"),
-        "compose": ("forward", "backward"),
-        "iio_loss": (
-            "loss_and_gradient",
-            "conditional_entropies",
-            "conditional_entropies_backward",
-            "inpaint",
-            "inpaint_backward",
-        ),
-        "slot_attention_module": ("forward", "backward"),
-        "spatial_mixture": ("forward", "backward"),
-        "slot_attention": ("forward", "backward"),
-    }
-    if op not in BACKENDS[name].operations:
-        pytest.skip(f"{name} leaves {op} to others")
-    assert all(callable(getattr(kernels, function)) for function in offered[op])
 
 
 def test_auto_takes_the_first_that_serves(registry):

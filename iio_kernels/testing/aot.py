@@ -2,6 +2,9 @@
 
 Nothing is said twice: an operation is called as on a GPU, but with tensors on the meta device, and each kernel that it
 launches is compiled for the `Architecture` instead, for exactly the arguments and options of that launch.
+
+    python -m iio_kernels.testing.aot            # every operation's `LAUNCHES`: a few minutes on two cores
+    python -m iio_kernels.testing.aot "SAVi"     # those with this in their names
 """
 
 from __future__ import annotations
@@ -10,14 +13,20 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from iio_kernels import testing
+from iio_kernels.runtime.backends import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -61,38 +70,52 @@ class Compiled:
 
     def __str__(self) -> str:
         return (
-            f"{self.architecture:7} {self.call:42} {self.kernel.strip('_'):20} {self.warps:2} warps "
+            f"{self.architecture:7} {self.call:56} {self.kernel.strip('_'):20} {self.warps:2} warps "
             f"{self.registers:3} registers {self.spilled:3} spilled {self.shared:6} B shared {self.blocks:2} blocks "
             f"{self.occupancy:4.0%} {' '.join(self.tensor_cores)}"
         )
 
 
-def compile_calls(module: str, names: list[str], architectures: list[str]) -> list[Compiled]:
-    """What `module.CALLS[name]()` launches, for all of these names and architectures, in as many processes as cores.
+def all_calls() -> list[tuple[str, str]]:
+    """The operation and the name of every call."""
+    return [(operation, name) for operation in OPERATIONS for name in testing.launches(operation)]
+
+
+def on_meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without numbers."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """What numbers stored in `dtype` are added up in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def compile_calls(calls: Sequence[tuple[str, str]], architectures: list[str]) -> list[Compiled]:
+    """What calls, each an operation and a name, launch on all of these architectures, in as many processes as cores.
 
     The processes are new ones in which Triton compiles, whether or not it interprets in this one.
     """
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-            jobs = [(module, name, architecture) for architecture in architectures for name in names]
+            jobs = [(*call, architecture) for architecture in architectures for call in calls]
             return [compiled for launches in pool.map(_compile_call, *zip(*jobs, strict=True)) for compiled in launches]
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _compile_call(module: str, name: str, architecture: str) -> list[Compiled]:
+def _compile_call(operation: str, name: str, architecture: str) -> list[Compiled]:
     chosen = ARCHITECTURES[architecture]
     with _compiling_for(chosen) as kernels:
-        import_module(module).CALLS[name]()
-    return [_examine(name, kernel, chosen) for kernel in kernels]
+        testing.launches(operation)[name]()
+    return [_examine(f"{operation}, {name}", kernel, chosen) for kernel in kernels]
 
 
 @contextmanager
 def _compiling_for(architecture: Architecture) -> Iterator[list[Any]]:
     """Within it a launch compiles a kernel for this architecture and adds it to the list."""
-    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -105,9 +128,9 @@ def _compiling_for(architecture: Architecture) -> Iterator[list[Any]]:
     kernels: list[Any] = []
 
     def run(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
-        kernels.append(launch(self, *args, warmup=True, **options))
+        kernels.append(run_here(self, *args, warmup=True, **options))
 
-    launch: Callable[..., Any] = JITFunction.run
+    run_here: Callable[..., Any] = JITFunction.run
     hip = torch.version.hip
     JITFunction.run = run
     torch.version.hip = architecture.name if architecture.target[0] == "hip" else None
@@ -115,7 +138,7 @@ def _compiling_for(architecture: Architecture) -> Iterator[list[Any]]:
     try:
         yield kernels
     finally:
-        JITFunction.run, torch.version.hip = launch, hip
+        JITFunction.run, torch.version.hip = run_here, hip
 
 
 def _examine(call: str, kernel: Any, architecture: Architecture) -> Compiled:
@@ -128,7 +151,8 @@ def _examine(call: str, kernel: Any, architecture: Architecture) -> Compiled:
         text, reserved = kernel.asm["ptx"], 1024
     else:
         text, reserved = kernel.asm["amdgcn"], 0
-        registers, spilled = (int(re.search(rf"\.{x}_count: +(\d+)", text)[1]) for x in ("vgpr", "vgpr_spill"))
+        counts = dict(re.findall(r"\.(vgpr|vgpr_spill)_count: +(\d+)", text)[::-1])  # the first of each name
+        registers, spilled = int(counts["vgpr"]), int(counts["vgpr_spill"])
         allocated = 8 * -(-registers // 8)
         instructions = {"mfma": r"\bv_mfma"}
     blocks = min(
@@ -161,3 +185,11 @@ def _cuobjdump(cubin: bytes) -> dict[str, str]:
         file.flush()
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return dict(re.findall(r"\b([A-Z]+):(\d+)", report))
+
+
+if __name__ == "__main__":
+    asked = [call for call in all_calls() if all(word in ", ".join(call) for word in sys.argv[1:])]
+    if not asked:
+        sys.exit(f"there is no call of that name, only: {'; '.join(map(', '.join, all_calls()))}")
+    for compiled in compile_calls(asked, list(ARCHITECTURES)):
+        print(compiled)
