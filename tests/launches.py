@@ -96,7 +96,7 @@ def iterations(
     way: str, B: int, N: int, K: int, Dx: int, D: int, H: int, dtype: torch.dtype, attention: bool = False
 ) -> None:
     from iio_kernels.ops.slot_attention_module import triton as kernels
-    from iio_kernels.ops.slot_attention_module.reference import made_by_maps, on_tape, read_by_maps
+    from iio_kernels.ops.slot_attention_module.common import made_by_maps, on_tape, read_by_maps
 
     own, results = (partial(new, dtype=x) for x in (dtype, arithmetic(dtype)))
     x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)

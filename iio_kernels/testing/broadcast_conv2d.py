@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.broadcast_conv2d.reference import classes
+from iio_kernels.ops.broadcast_conv2d.common import classes
 from iio_kernels.runtime.numerics import twice_and_4_units
 
 
