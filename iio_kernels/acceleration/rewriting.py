@@ -31,8 +31,8 @@ from iio_kernels.acceleration.recognition import (
     read,
     written_by,
 )
-from iio_kernels.ops.slot_attention.api import _attend, _attend_from_inputs
-from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.ops.slot_attention.api import attend, attend_from_inputs
+from iio_kernels.ops.slot_attention.common import InputOperands, Operands, Options
 from iio_kernels.runtime import backends
 from iio_kernels.runtime.autograd import without_autocast
 from iio_kernels.runtime.numerics import arithmetic_dtype
@@ -162,14 +162,14 @@ class Call:
         if input_mask is not None:
             input_mask = input_mask.expand(*q.shape[:-2], input_mask.shape[-1])
         backend = backends.choose("slot_attention", "auto", q.device)
-        rest = logit_bias, slot_mask, input_mask, Options(**self.options), self.return_attention, backend
+        rest, call = (logit_bias, slot_mask, input_mask), (Options(**self.options), self.return_attention, backend)
         U: Tensor
         if self.from_inputs:
             x, wk, wv = given["x"], given["wk"], given["wv"]
-            U, S, A = _attend_from_inputs(x, q, wk, given.get("bk"), wv, given.get("bv"), *rest)
+            U, S, A = attend_from_inputs(InputOperands(x, q, wk, given.get("bk"), wv, given.get("bv"), *rest), *call)
         else:
             k, v = given["k"], given["v"]
-            U, S, A = _attend(q, k, None if v is k else v, *rest)
+            U, S, A = attend(Operands(q, k, None if v is k else v, *rest), *call)
         if self.mean is not None:
             U = self._divided(self.mean, U, S, **given)
         for empty in self.empty:

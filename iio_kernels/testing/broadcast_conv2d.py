@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.broadcast_conv2d.reference import classes
+from iio_kernels.ops.broadcast_conv2d.common import classes
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta

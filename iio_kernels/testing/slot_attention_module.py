@@ -129,7 +129,7 @@ def launch(
 ) -> None:
     """Forward or backward, of three iterations."""
     kernels = implementation("slot_attention_module", "triton")
-    from iio_kernels.ops.slot_attention_module.reference import made_by_maps, on_tape, read_by_maps
+    from iio_kernels.ops.slot_attention_module.common import made_by_maps, on_tape, read_by_maps
 
     own, results = (partial(on_meta, dtype=x) for x in (dtype, arithmetic(dtype)))
     x, slots, made = own(B, N, Dx), results(B, K, D), made_by_maps(D, Dx, H)

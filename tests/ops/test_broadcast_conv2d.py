@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from iio_kernels import BroadcastFunction, broadcast_conv2d
 from iio_kernels.ops.broadcast_conv2d import reference
+from iio_kernels.ops.broadcast_conv2d.common import Classes, Operands, Options, classes, inside
 from iio_kernels.runtime import backends
 from iio_kernels.testing.broadcast_conv2d import BENCHMARKS, CASES, Case, allowed_error
 
@@ -135,10 +136,10 @@ def test_numbers_stand_for_pairs(backend, device):
 
 def test_classes_are_as_few_as_rows_differ():
     """Where all taps of a class that lies between others fall inside, no two classes see the same taps."""
-    assert reference.classes(35, 35, 5, 1, 2, False) == (2, 1, 2)
-    assert reference.classes(8, 16, 5, 2, 2, True) == (1, 2, 2)
+    assert classes(35, 35, 5, 1, 2, False) == (2, 1, 2)
+    assert classes(8, 16, 5, 2, 2, True) == (1, 2, 2)
     for axis in ((35, 35, 5, 1, 2, False), (8, 16, 5, 2, 2, True), (20, 10, 4, 2, 1, False), (9, 25, 3, 3, 1, True)):
-        taps = reference.inside(reference.classes(*axis), *axis, torch.zeros(()))
+        taps = inside(classes(*axis), *axis, torch.zeros(()))
         assert len(taps.unique(dim=0)) == len(taps)
 
 
@@ -244,11 +245,11 @@ def test_functional_gradient(backend, device):
 def test_function_by_itself(any_device):
     """`BroadcastFunction` with the reference's kernels: the gradient as written out, against plain autograd."""
     for relu in (True, False):
-        kinds = reference.Classes(1, 2, 1), reference.Classes(0, 3, 2)
+        kinds = Classes(1, 2, 1), Classes(0, 3, 2)
         tensors = [torch.randn(shape).double().to(any_device) for shape in ((3, 4, 5, 2), (6, 9, 2))]
-        options = *kinds, relu, torch.float64
+        options = Options(*kinds, relu, torch.float64)
         got = results(lambda *x, o=options: BroadcastFunction.apply(*x, *o, "reference"), tensors)
-        expected = results(lambda *x, o=options: reference.forward(*x, *o), tensors)
+        expected = results(lambda *x, o=options: reference.forward(Operands(*x), o), tensors)
         for x, y in zip(got, expected, strict=True):
             torch.testing.assert_close(x, y)
 

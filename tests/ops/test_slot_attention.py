@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iio_kernels import SlotAttentionFunction, slot_attention, slot_attention_from_inputs
-from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.ops.slot_attention.common import Options
 from iio_kernels.testing.slot_attention import BENCHMARKS, CASES, Case, allowed_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import iio_kernels.ops.slot_attention_module.api as operation
 from iio_kernels import IterationsFunction, SlotAttentionWeights, slot_attention_module
-from iio_kernels.ops.slot_attention_module.reference import Maps, made_by_maps, on_tape
+from iio_kernels.ops.slot_attention_module.common import Operands, Options, made_by_maps, on_tape
 from iio_kernels.runtime import backends
 from iio_kernels.testing.slot_attention_module import BENCHMARKS, CASES, Case, allowed_error
 
@@ -377,8 +377,9 @@ def test_steps_one_by_one_equal_the_literal_algorithm(case):
     arguments, options = case.make()
     options = {"eps": 1e-8, "norm_eps": 1e-5, "scale": case.Dk**-0.5} | options
 
-    def function(*arguments):
-        return operation._one_by_one(*arguments, *options.values())
+    def function(x, slots, weights, T):
+        own = Options(T, options["eps"], options["norm_eps"])
+        return operation._one_by_one(x, slots, weights, options["scale"], own)
 
     assert_all_close(results(function, *arguments), plain(arguments, **options))
 
@@ -451,14 +452,13 @@ def test_operators_agree_with_the_reference_on_the_tape_and_what_maps_make(backe
     """All of it, so that nothing there is left unwritten."""
     case = Case("tape", K=5, Dx=7, D=9, H=6)
     (x, slots, weights, T), _ = case.make(device=device)
-    maps: Maps = operation._maps(weights, 0.7)
+    operands, options = Operands(x, slots, operation._maps(weights, 0.7)), Options(T, 1e-8, 1e-5)
     kernels, reference = (backends.implementation("slot_attention_module", name) for name in (backend, "reference"))
-    forward = x, slots, maps, T, 1e-8, 1e-5, True
-    out, A, tape = reference.forward(*forward)
+    out, A, tape = reference.forward(operands, options, True)
     assert tape.shape == (2, T, 5, sum(on_tape(9, 7, 6)))
-    for got, expected in zip(kernels.forward(*forward), (out, A, tape), strict=True):
+    for got, expected in zip(kernels.forward(operands, options, True), (out, A, tape), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
-    backward = *random_like(out, A), x, tape, *maps[:5], 1e-8
+    backward = *random_like(out, A), operands, tape, options
     expected = reference.backward(*backward)
     assert expected[2].shape == (2, T, 5, sum(made_by_maps(9, 7, 6)))
     for got, exact in zip(kernels.backward(*backward), expected, strict=True):

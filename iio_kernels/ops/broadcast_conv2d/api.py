@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iio_kernels.ops.broadcast_conv2d import reference
-from iio_kernels.ops.broadcast_conv2d.reference import Classes
+from iio_kernels.ops.broadcast_conv2d.common import Classes, Operands, Options, classes, constants, inside
 from iio_kernels.runtime import backends, checks
 from iio_kernels.runtime.autograd import autocast_dtype, differentiable_once, signature_kept
 from iio_kernels.runtime.numerics import arithmetic_dtype
@@ -80,10 +80,12 @@ def broadcast_conv2d(
     arithmetic = arithmetic_dtype(z, weight, position_map)
     promoted = torch.promote_types(torch.promote_types(z.dtype, weight.dtype), position_map.dtype)
     slots, weight, position_map = (x.to(arithmetic) for x in (z.reshape(-1, z.shape[-1]), weight, position_map))
-    kinds = [reference.classes(*axis) for axis in axes]
-    row_taps, column_taps = (reference.inside(own, *axis, slots) for own, axis in zip(kinds, axes, strict=True))
-    constant = reference.constants(slots, weight, row_taps, column_taps, transposed)
-    out = _spread(constant, position_map.permute(1, 2, 0), *kinds, relu, autocast_dtype(device, promoted), name)
+    kinds = [classes(*axis) for axis in axes]
+    row_taps, column_taps = (inside(own, *axis, slots) for own, axis in zip(kinds, axes, strict=True))
+    constant = constants(slots, weight, row_taps, column_taps, transposed)
+    operands = Operands(constant, position_map.permute(1, 2, 0))
+    rows, columns = kinds
+    out = _spread(operands, Options(rows, columns, relu, autocast_dtype(device, promoted)), name)
     return out.reshape(*z.shape[:-1], *out.shape[1:]).movedim(-1, -3)
 
 
@@ -108,26 +110,26 @@ class BroadcastFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         kernels = backends.implementation("broadcast_conv2d", backend)
-        return kernels.forward(constant, position_map, rows, columns, relu, dtype)
+        return kernels.forward(Operands(constant, position_map), Options(rows, columns, relu, dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        constant, position_map, *ctx.options, _, ctx.backend = inputs
+        constant, position_map, *options, ctx.backend = inputs
+        ctx.options = Options(*options)
         ctx.save_for_backward(constant, position_map)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kernels = backends.implementation("broadcast_conv2d", ctx.backend)
-        return *kernels.backward(d_out, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return *kernels.backward(d_out, Operands(*ctx.saved_tensors), ctx.options), *(None,) * 5
 
 
-def _spread(*arguments: Any) -> Tensor:
+def _spread(operands: Operands, options: Options, backend: str) -> Tensor:
     """`BroadcastFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*others)
-    return BroadcastFunction.apply(*others, backend)
+        return reference.forward(operands, options)
+    return BroadcastFunction.apply(*operands, *options, backend)
 
 
 def _check(

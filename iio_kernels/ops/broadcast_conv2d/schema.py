@@ -2,7 +2,7 @@
 
 Everything has its channels last: constant (M, row classes, column classes, O), position_map (H, W, O), both in the
 dtype of the arithmetic, and their gradients; the result and the gradient that comes to it (M, H, W, O), in that dtype
-or a narrower one. `rows` and `columns` are the three numbers of reference.Classes.
+or a narrower one. `rows` and `columns` are the three numbers of `Classes` in common.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.broadcast_conv2d.reference import Classes
+from iio_kernels.ops.broadcast_conv2d.common import Operands, Options
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 from iio_kernels.runtime.numerics import cast
 
@@ -33,7 +33,9 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(f"{namespace}::broadcast_forward")
 
 
-def calls(namespace: str, stored: Callable[[torch.dtype, torch.dtype], torch.dtype]) -> tuple[Callable, Callable]:
+def calls(
+    namespace: str, stored: Callable[[torch.dtype, torch.dtype], torch.dtype]
+) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
     `stored(dtype, arithmetic)` is how that namespace's kernels store what is to be of `dtype`.
@@ -41,17 +43,15 @@ def calls(namespace: str, stored: Callable[[torch.dtype, torch.dtype], torch.dty
     define(namespace)
     ops = getattr(torch.ops, namespace)
 
-    def forward(
-        constant: Tensor, position_map: Tensor, rows: Classes, columns: Classes, relu: bool, dtype: torch.dtype
-    ) -> Tensor:
-        kind = stored(dtype, constant.dtype)
-        return cast(ops.broadcast_forward(constant, position_map, list(rows), list(columns), relu, kind), dtype)
+    def forward(operands: Operands, options: Options) -> Tensor:
+        rows, columns, relu, dtype = options
+        kind = stored(dtype, operands.constant.dtype)
+        return cast(ops.broadcast_forward(*operands, list(rows), list(columns), relu, kind), dtype)
 
-    def backward(
-        d_out: Tensor, constant: Tensor, position_map: Tensor, rows: Classes, columns: Classes, relu: bool
-    ) -> tuple[Tensor, Tensor]:
-        d_out = d_out.to(stored(d_out.dtype, constant.dtype))
-        return ops.broadcast_backward(d_out, constant, position_map, list(rows), list(columns), relu)
+    def backward(d_out: Tensor, operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+        rows, columns, relu, _ = options
+        d_out = d_out.to(stored(d_out.dtype, operands.constant.dtype))
+        return ops.broadcast_backward(d_out, *operands, list(rows), list(columns), relu)
 
     return forward, backward
 

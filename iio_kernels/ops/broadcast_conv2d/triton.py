@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels.ops.broadcast_conv2d import schema
-from iio_kernels.ops.broadcast_conv2d.reference import Classes, gather
+from iio_kernels.ops.broadcast_conv2d.common import Classes, gather
 from iio_kernels.runtime.triton_support import inlined
 
 # ----------------------------------------------------------------------------------------------------------- kernels

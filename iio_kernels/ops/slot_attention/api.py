@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iio_kernels.ops.slot_attention import reference
-from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.ops.slot_attention.common import InputOperands, Operands, Options
 from iio_kernels.runtime import backends, checks
 from iio_kernels.runtime.autograd import differentiable_once, signature_kept, without_autocast
 from iio_kernels.runtime.numerics import arithmetic_dtype, divide
@@ -99,13 +99,12 @@ def slot_attention(
         >>> slot_attention(q, k, v).shape
         torch.Size([8, 4, 64])
     """
-    slot_mask, input_mask = _check(q, k, v, joint_heads, slot_mask, input_mask)
+    operands = _check(Operands(q, k, v, None, slot_mask, input_mask), joint_heads)
     checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     device = checks.same_device(q=q, k=k, v=v, slot_mask=slot_mask, input_mask=input_mask)
     name = backends.choose("slot_attention", backend, device)
-    values = None if v is k else v
-    U, _, A = _attend(q, k, values, None, slot_mask, input_mask, options, return_attention, name)
+    U, _, A = attend(operands, options, return_attention, name)
     U = U.to(v.dtype)
     return U if A is None else (U, A)
 
@@ -188,30 +187,22 @@ def slot_attention_from_inputs(
         >>> slot_attention_from_inputs(x, q, wk, None, wv, None).shape
         torch.Size([8, 4, 64])
     """
-    slot_mask, input_mask = _check_from_inputs(x, q, wk, bk, wv, bv, joint_heads, slot_mask, input_mask)
+    operands = InputOperands(x, q, wk, bk, wv, bv, None, slot_mask, input_mask)
+    operands = _check_from_inputs(operands, joint_heads)
     checks.flag("return_attention", return_attention)
     options = _options(q, scale, eps, eps_in, normalize, joint_heads)
     device = checks.same_device(x=x, q=q, wk=wk, bk=bk, wv=wv, bv=bv, slot_mask=slot_mask, input_mask=input_mask)
     name = backends.choose("slot_attention", backend, device)
-    U, _, A = _attend_from_inputs(x, q, wk, bk, wv, bv, None, slot_mask, input_mask, options, return_attention, name)
-    return U.to(x.dtype) if A is None else (U.to(x.dtype), A)
+    U, _, A = attend_from_inputs(operands, options, return_attention, name)
+    U = U.to(x.dtype)
+    return U if A is None else (U, A)
 
 
-def _attend_from_inputs(
-    x: Tensor,
-    q: Tensor,
-    wk: Tensor,
-    bk: Tensor | None,
-    wv: Tensor,
-    bv: Tensor | None,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    options: Options,
-    return_attention: bool,
-    backend: str,
+def attend_from_inputs(
+    operands: InputOperands, options: Options, return_attention: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """U, S and A as of `SlotAttentionFunction`, of arguments checked already."""
+    """U, S and A as `attend` returns them, of operands checked already."""
+    x, q, wk, bk, wv, bv, logit_bias, slot_mask, input_mask = operands
     with without_autocast(x.device):
         dtype = arithmetic_dtype(x, q, wk, wv)
         queries = q.to(dtype)
@@ -221,9 +212,8 @@ def _attend_from_inputs(
             of_keys = options.scale * (queries @ bk.to(dtype).unsqueeze(-1)).squeeze(-1)
             logit_bias = of_keys if logit_bias is None else of_keys + logit_bias
         inputs = x.expand(*q.shape[:-2], *x.shape[-2:])
-        U, S, A = _attend(
-            queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask, options, return_attention, backend
-        )
+        projected = Operands(queries @ wk.to(dtype), inputs, None, logit_bias, slot_mask, input_mask)
+        U, S, A = attend(projected, options, return_attention, backend)
         U = U @ wv.to(dtype).mT
         if bv is not None:
             U = U + _sum_of_weights(S, options).unsqueeze(-1) * bv.to(dtype).unsqueeze(-2)
@@ -243,12 +233,11 @@ def _sum_of_weights(S: Tensor, options: Options) -> Tensor:
 class SlotAttentionFunction(torch.autograd.Function):
     """The autograd Function under `slot_attention`: one backend's `forward` and `backward`, A recomputed between.
 
-    `SlotAttentionFunction.apply(q, k, v, logit_bias, slot_mask, input_mask, options, return_attention, backend)`
-    returns U, the normaliser S `(..., K)`, both in the arithmetic's dtype and differentiable, and A or None. v = None:
-    the keys are the values too, and are read once. `logit_bias (..., K)` or None is added to the scaled logits; the
-    masks are None or already expanded to `(..., K)` and `(..., N)`; `options` is a complete `Options`. It checks
-    nothing: call `slot_attention`. It differentiates once; for second derivatives call `slot_attention` with
-    `backend="reference"`, which plain autograd differentiates any number of times.
+    `SlotAttentionFunction.apply(*operands, options, return_attention, backend)` takes the six `Operands` of common.py
+    and complete `Options`. It returns U, the normaliser S `(..., K)`, both in the arithmetic's dtype and
+    differentiable, and A or None. It checks nothing: call `slot_attention`. It differentiates once; for second
+    derivatives call `slot_attention` with `backend="reference"`, which plain autograd differentiates any number of
+    times.
     """
 
     @staticmethod
@@ -264,31 +253,33 @@ class SlotAttentionFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         kernels = backends.implementation("slot_attention", backend)
-        return kernels.forward(q, k, v, logit_bias, slot_mask, input_mask, options, return_attention)
+        operands = Operands(q, k, v, logit_bias, slot_mask, input_mask)
+        return kernels.forward(operands, options, return_attention)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        q, k, v, logit_bias, slot_mask, input_mask, ctx.options, _, ctx.backend = inputs
+        *operands, ctx.options, _, ctx.backend = inputs
         U, S, _ = output
-        ctx.save_for_backward(q, k, v, logit_bias, slot_mask, input_mask, U, S)
+        ctx.save_for_backward(*operands, U, S)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dU: Tensor | None, dS: Tensor | None, dA: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, U, S = ctx.saved_tensors
+        *operands, U, S = ctx.saved_tensors
         if dU is None:
             dU = U.new_zeros(()).expand(U.shape)
         kernels = backends.implementation("slot_attention", ctx.backend)
-        return *kernels.backward(dU, dS, dA, *inputs, U, S, ctx.options), *(None,) * 5
+        return *kernels.backward(dU, dS, dA, Operands(*operands), U, S, ctx.options), *(None,) * 5
 
 
-def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def attend(
+    operands: Operands, options: Options, return_attention: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`SlotAttentionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*others)
-    return SlotAttentionFunction.apply(*others, backend)
+        return reference.forward(operands, options, return_attention)
+    return SlotAttentionFunction.apply(*operands, options, return_attention, backend)
 
 
 def _options(
@@ -305,20 +296,14 @@ def _options(
     )
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    joint_heads: bool,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check the tensors; return the masks expanded to (..., K) and (..., N)."""
+def _check(operands: Operands, joint_heads: bool) -> Operands:
+    """Check the tensors; return them with the masks expanded, and without values that are the keys."""
+    q, k, v, logit_bias, slot_mask, input_mask = operands
     checks.flag("joint_heads", joint_heads)
     heads, dims = ("H, ", 3) if joint_heads else ("", 2)
     checks.tensor("q", q, f"(..., {heads}K, Dk)", min_dims=dims)
     checks.tensor("k", k, f"(..., {heads}N, Dk)", min_dims=dims)
-    checks.tensor("v", v, f"(..., {heads}N, Dv)", min_dims=dims)
+    v = checks.tensor("v", v, f"(..., {heads}N, Dv)", min_dims=dims)
     batch, (K, Dk), N = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
     if K == 0 or Dk == 0:
         raise ValueError(f"q: expected at least one slot and one feature, got shape {tuple(q.shape)}")
@@ -332,21 +317,12 @@ def _check(
         slot_mask = checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
     if input_mask is not None:
         input_mask = checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
-    return slot_mask, input_mask
+    return Operands(q, k, None if v is k else v, logit_bias, slot_mask, input_mask)
 
 
-def _check_from_inputs(
-    x: Tensor,
-    q: Tensor,
-    wk: Tensor,
-    bk: Tensor | None,
-    wv: Tensor,
-    bv: Tensor | None,
-    joint_heads: bool,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check the tensors; return the masks expanded to (..., K) and (..., N)."""
+def _check_from_inputs(operands: InputOperands, joint_heads: bool) -> InputOperands:
+    """Check the tensors; return them with the masks expanded."""
+    x, q, wk, bk, wv, bv, logit_bias, slot_mask, input_mask = operands
     checks.flag("joint_heads", joint_heads)
     heads, dims = ("H, ", 3) if joint_heads else ("", 2)
     checks.tensor("x", x, "(..., N, Dx)", min_dims=2)
@@ -369,4 +345,4 @@ def _check_from_inputs(
         slot_mask = checks.mask("slot_mask", slot_mask, (*batch, K), "(..., K)")
     if input_mask is not None:
         input_mask = checks.mask("input_mask", input_mask, (*batch, N), "(..., N)")
-    return slot_mask, input_mask
+    return InputOperands(x, q, wk, bk, wv, bv, logit_bias, slot_mask, input_mask)

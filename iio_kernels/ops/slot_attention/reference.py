@@ -14,66 +14,34 @@ is at least float32 whatever the storage type and autocast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from iio_kernels.ops.slot_attention.common import Operands, Options, values
 from iio_kernels.runtime.autograd import without_autocast
 from iio_kernels.runtime.numerics import arithmetic_dtype, cast, divide
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of `iio_kernels.slot_attention`, checked and complete."""
-
-    scale: float
-    eps: float
-    eps_in: str
-    normalize: str
-    joint_heads: bool
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    options: Options,
-    return_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(operands: Operands, options: Options, return_attention: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """U (..., K, Dv), the normaliser S (..., K), and A (..., K, N) if asked for.
 
-    U and S are in the arithmetic's dtype, A is in v's. v = None: the keys are the values too. logit_bias (..., K) is
-    added to the scaled logits. Where the weights are not normalised, S is their sum all the same.
+    U and S are in the arithmetic's dtype, A is in that of the values. Where the weights are not normalised, S is their
+    sum all the same.
     """
-    out_dtype = (k if v is None else v).dtype
-    with without_autocast(k.device):
-        q, k, v = _read(q, k, v, slot_mask, input_mask)
-        A = _attention(q, k, logit_bias, slot_mask, input_mask, options)
-        W, S = _weights(A, input_mask, options)
-        U = W.mT @ (k if v is None else v)
+    out_dtype = values(operands).dtype
+    with without_autocast(operands.k.device):
+        operands = _read(operands)
+        A = _attention(operands, options)
+        W, S = _weights(A, operands.input_mask, options)
+        U = W.mT @ values(operands)
         if options.normalize == "mean":
             U = divide(U, S.unsqueeze(-1))
         return U, S, cast(A.mT, out_dtype) if return_attention else None
 
 
 def backward(
-    dU: Tensor,
-    dS: Tensor | None,
-    dA: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    U: Tensor,
-    S: Tensor,
-    options: Options,
+    dU: Tensor, dS: Tensor | None, dA: Tensor | None, operands: Operands, U: Tensor, S: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients to q, k, v and logit_bias, each in its input's dtype, from those to U, S and A, if these were used.
+    """The gradients to q, k, v and logit_bias, each in its dtype, from those to U, S and A, None where not used.
 
     A is recomputed from q and k, then
 
@@ -84,21 +52,22 @@ def backward(
 
     and logit_bias has sum_n dL[n, s]. With v = None the gradient to k is the sum of both.
     """
-    dtypes = q.dtype, k.dtype, None if v is None else v.dtype
-    with without_autocast(k.device):
-        q, k, v = _read(q, k, v, slot_mask, input_mask)
-        values = k if v is None else v
-        A = _attention(q, k, logit_bias, slot_mask, input_mask, options)
+    dtypes = [None if x is None else x.dtype for x in operands]
+    with without_autocast(operands.k.device):
+        operands = _read(operands)
+        q, k, v, logit_bias, slot_mask, input_mask = operands
+        V = values(operands)
+        A = _attention(operands, options)
         W, _ = _weights(A, input_mask, options)
-        dU = dU.to(values.dtype)
+        dU = dU.to(V.dtype)
 
         if options.normalize == "mean":
             dv = W @ divide(dU, S.unsqueeze(-1))
-            through_U = divide((values @ dU.mT - (dU * U).sum(-1).unsqueeze(-2)).mT, S.unsqueeze(-1)).mT
+            through_U = divide((V @ dU.mT - (dU * U).sum(-1).unsqueeze(-2)).mT, S.unsqueeze(-1)).mT
         else:
             dv = W @ dU
-            through_U = values @ dU.mT
-        dA = through_U if dA is None else through_U + _fill(dA.mT.to(values.dtype), slot_mask, input_mask)
+            through_U = V @ dU.mT
+        dA = through_U if dA is None else through_U + _fill(dA.mT.to(V.dtype), slot_mask, input_mask)
         dA = dA if dS is None else dA + dS.unsqueeze(-2)
 
         dots = A * dA
@@ -114,10 +83,9 @@ def backward(
         return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2]), dlogit_bias
 
 
-def _read(
-    q: Tensor, k: Tensor, v: Tensor | None, slot_mask: Tensor | None, input_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _read(operands: Operands) -> Operands:
     """q, k, v in the dtype of the arithmetic, 0 where masked: what is masked may hold anything, even NaN."""
+    q, k, v, logit_bias, slot_mask, input_mask = operands
     dtype = arithmetic_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), None if v is None else v.to(dtype)
     if slot_mask is not None:
@@ -125,18 +93,12 @@ def _read(
     if input_mask is not None:
         off = ~input_mask.unsqueeze(-1)
         k, v = k.masked_fill(off, 0), None if v is None else v.masked_fill(off, 0)
-    return q, k, v
+    return Operands(q, k, v, logit_bias, slot_mask, input_mask)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    logit_bias: Tensor | None,
-    slot_mask: Tensor | None,
-    input_mask: Tensor | None,
-    options: Options,
-) -> Tensor:
+def _attention(operands: Operands, options: Options) -> Tensor:
     """A (..., N, K), 0 for masked slots and masked inputs."""
+    q, k, _, logit_bias, slot_mask, input_mask = operands
     L = options.scale * (k @ q.mT)
     if logit_bias is not None:
         L = L + logit_bias.to(L.dtype).unsqueeze(-2)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.slot_attention.reference import Options
+from iio_kernels.ops.slot_attention.common import Operands, Options, batch_and_heads, values, with_batch_and_heads
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 from iio_kernels.runtime.numerics import cast
 
@@ -34,50 +34,41 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(forward)
 
 
-def calls(namespace: str, inputs: Callable[..., tuple], widens: bool) -> tuple[Callable, Callable]:
+def calls(
+    namespace: str, stored: Callable[[Operands], Operands], widens: bool
+) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
-    `inputs` makes of q to input_mask what that namespace's kernels read; with `widens` they read the gradient to A in
-    the arithmetic's dtype only.
+    `stored` returns the operands in dtypes that the namespace's kernels read. With `widens` these read the gradient to
+    A in the arithmetic's dtype only.
     """
     define(namespace)
     ops = getattr(torch.ops, namespace)
 
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        logit_bias: Tensor | None,
-        slot_mask: Tensor | None,
-        input_mask: Tensor | None,
-        options: Options,
-        return_attention: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        read = inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
+    def forward(operands: Operands, options: Options, return_attention: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        q, k = operands.q, operands.k
+        read = with_batch_and_heads(stored(operands), options)
         U, S, A = ops.slot_attention_forward(*read, *arguments(options), return_attention)
-        out_dtype = (k if v is None else v).dtype
         U, S = U.view(*q.shape[:-1], U.shape[-1]), S.view(q.shape[:-1])
-        return U, S, cast(A.view(*q.shape[:-1], k.shape[-2]), out_dtype) if return_attention else None
+        A = cast(A.view(*q.shape[:-1], k.shape[-2]), values(operands).dtype) if return_attention else None
+        return U, S, A
 
     def backward(
         dU: Tensor,
         dS: Tensor | None,
         dA: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        logit_bias: Tensor | None,
-        slot_mask: Tensor | None,
-        input_mask: Tensor | None,
+        operands: Operands,
         U: Tensor,
         S: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        read = inputs(q, k, v, logit_bias, slot_mask, input_mask, options)
+        q, k, v, logit_bias, _, _ = operands
+        read = with_batch_and_heads(stored(operands), options)
         if widens:
             dU, dA = dU.to(U.dtype), None if dA is None else dA.to(U.dtype)
-        dU, U, S = four(dU, options, 2), four(U, options, 2), four(S, options, 1)
-        dS, dA = None if dS is None else four(dS, options, 1), None if dA is None else four(dA, options, 2)
+        dU, U, S = (batch_and_heads(x, options, own) for x, own in ((dU, 2), (U, 2), (S, 1)))
+        dS = None if dS is None else batch_and_heads(dS, options, 1)
+        dA = None if dA is None else batch_and_heads(dA, options, 2)
         dq, dk, dv, dlogit_bias = ops.slot_attention_backward(dU, dS, dA, *read, U, S, *arguments(options))
         return (
             dq.view(q.shape).to(q.dtype),
@@ -108,18 +99,7 @@ def _backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), dv, dlogit_bias
 
 
-def four(x: Tensor, options: Options, own: int) -> Tensor:
-    """x with its leading dimensions, all but the last `own`, as the two (B, H); a view wherever strides allow it."""
-    leading = x.dim() - own
-    if leading == 2:
-        return x
-    if leading < 2:
-        # One dimension alone is the heads where these are joint, else the batch.
-        return x[(None,) * (2 - leading)] if options.joint_heads or leading == 0 else x.unsqueeze(1)
-    return x.flatten(0, leading - 2)
-
-
 def arguments(options: Options) -> tuple[float, float, bool, bool, bool]:
-    """The operators' OPTIONS."""
+    """The options as the operators take them, `OPTIONS`."""
     weights, mean = options.eps_in == "weights", options.normalize == "mean"
     return options.scale, options.eps, weights, mean, options.joint_heads

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iio_kernels.ops.slot_attention.api import slot_attention_from_inputs
 from iio_kernels.ops.slot_attention_module import reference
-from iio_kernels.ops.slot_attention_module.reference import Maps
+from iio_kernels.ops.slot_attention_module.common import Maps, Operands, Options, gradients_to_maps
 from iio_kernels.runtime import backends, checks
 from iio_kernels.runtime.autograd import differentiable_once, signature_kept, without_autocast
 from iio_kernels.runtime.numerics import arithmetic_dtype, cast
@@ -128,9 +128,11 @@ def slot_attention_module(
         torch.Size([8, 4, 64])
     """
     weights = _check(x, slots, weights)
-    iterations = checks.integer("iterations", iterations, at_least=1)
-    eps = checks.number("eps", eps, at_least=0)
-    norm_eps = checks.number("norm_eps", norm_eps, above=0)
+    options = Options(
+        iterations=checks.integer("iterations", iterations, at_least=1),
+        eps=checks.number("eps", eps, at_least=0),
+        norm_eps=checks.number("norm_eps", norm_eps, above=0),
+    )
     scale = len(weights.wq) ** -0.5 if scale is None else checks.number("scale", scale)
     checks.flag("return_attention", return_attention)
     device = checks.same_device(x=x, slots=slots, **weights._asdict())
@@ -145,10 +147,9 @@ def slot_attention_module(
         dtype = arithmetic_dtype(x, slots, *weights)
         s, weights = slots.to(dtype), SlotAttentionWeights(*(w.to(dtype) for w in weights))
         if name == "triton" and backend == "auto" and not suits_one_launch(x, slots, weights):
-            s, A = _one_by_one(x, s, weights, iterations, eps, norm_eps, scale)
+            s, A = _one_by_one(x, s, weights, scale, options)
         else:
-            maps = _maps(weights, scale)
-            s, A, _ = _iterate(x, s, maps, iterations, eps, norm_eps, return_attention, name)
+            s, A, _ = _iterate(Operands(x, s, _maps(weights, scale)), options, return_attention, name)
     s = cast(s, slots.dtype)
     return (s, A) if return_attention and A is not None else s
 
@@ -158,8 +159,8 @@ class IterationsFunction(torch.autograd.Function):
     """The autograd Function under `slot_attention_module`: one backend's `forward` and `backward`.
 
     `IterationsFunction.apply(x, slots, iterations, eps, norm_eps, return_attention, backend, *maps)` returns the slots,
-    A or None, and the tape of reference.py, which is not differentiable. slots and maps, a `Maps`, are in the dtype of
-    the arithmetic. It checks nothing: call `slot_attention_module`. It differentiates once; for second derivatives call
+    A or None, and the tape, which is not differentiable. slots and the `Maps` of common.py are in the dtype of the
+    arithmetic. It checks nothing: call `slot_attention_module`. It differentiates once; for second derivatives call
     that with `backend="reference"`, which plain autograd differentiates any number of times.
     """
 
@@ -171,12 +172,14 @@ class IterationsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         # Named one by one: without gradients, torch.compile counts the parameters to tell whether a context is wanted.
         kernels = backends.implementation("slot_attention_module", backend)
-        maps = Maps(wp, wi, wj, w1, w2, bp, bi, bj, b1, b2)
-        return kernels.forward(x, slots, maps, iterations, eps, norm_eps, return_attention)
+        operands = Operands(x, slots, Maps(wp, wi, wj, w1, w2, bp, bi, bj, b1, b2))
+        return kernels.forward(operands, Options(iterations, eps, norm_eps), return_attention)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor]) -> None:
-        x, slots, _, ctx.eps, _, _, ctx.backend, *maps = inputs
+        x, slots, *options, _, ctx.backend = inputs[:7]
+        maps = inputs[7:]
+        ctx.options = Options(*options)
         *_, tape = output
         ctx.mark_non_differentiable(tape)
         # Some are for `differentiable_once` alone: gradients depend on them through the tape.
@@ -189,19 +192,20 @@ class IterationsFunction(torch.autograd.Function):
         tape, x, slots, *maps = ctx.saved_tensors
         if ds is None:
             ds = slots.new_zeros(()).expand(slots.shape)
-        weights = Maps(*maps)[:5]
+        operands = Operands(x, slots, Maps(*maps))
         kernels = backends.implementation("slot_attention_module", ctx.backend)
-        dx, ds, made = kernels.backward(ds, dA, x, tape, *weights, ctx.eps)
-        D, Dx, H = slots.shape[2], x.shape[2], len(weights[3])
-        return dx, ds, None, None, None, None, None, *reference.of_maps(tape, made, D, Dx, H)
+        dx, ds, made = kernels.backward(ds, dA, operands, tape, ctx.options)
+        return dx, ds, *(None,) * 5, *gradients_to_maps(tape, made, operands)
 
 
-def _iterate(x: Tensor, slots: Tensor, maps: Maps, *options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+def _iterate(
+    operands: Operands, options: Options, return_attention: bool, backend: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """`IterationsFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *others, backend = options
     if backend == "reference":
-        return reference.forward(x, slots, maps, *others)
-    return IterationsFunction.apply(x, slots, *options, *maps)
+        return reference.forward(operands, options, return_attention)
+    x, slots, maps = operands
+    return IterationsFunction.apply(x, slots, *options, return_attention, backend, *maps)
 
 
 def _maps(weights: SlotAttentionWeights, scale: float) -> Maps:
@@ -235,19 +239,19 @@ def suits_one_launch(x: Tensor, slots: Tensor, weights: SlotAttentionWeights) ->
 
 
 def _one_by_one(
-    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, iterations: int, eps: float, norm_eps: float, scale: float
+    x: Tensor, slots: Tensor, weights: SlotAttentionWeights, scale: float, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The slots and the last attention, of an operator for each step; all but x in the dtype of the arithmetic."""
     w, D = weights, slots.shape[-1:]
     x = x.to(slots.dtype)
-    for _ in range(iterations):
-        q = F.linear(F.layer_norm(slots, D, w.norm_slots_weight, w.norm_slots_bias, norm_eps), w.wq)
+    for _ in range(options.iterations):
+        q = F.linear(F.layer_norm(slots, D, w.norm_slots_weight, w.norm_slots_bias, options.norm_eps), w.wq)
         updates, A = slot_attention_from_inputs(
-            x, q, w.wk, None, w.wv, None, scale=scale, eps=eps, return_attention=True
+            x, q, w.wk, None, w.wv, None, scale=scale, eps=options.eps, return_attention=True
         )
         gates = w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh
         h = torch.gru_cell(updates.flatten(0, 1), slots.flatten(0, 1), *gates).view_as(slots)
-        h_norm = F.layer_norm(h, D, w.norm_mlp_weight, w.norm_mlp_bias, norm_eps)
+        h_norm = F.layer_norm(h, D, w.norm_mlp_weight, w.norm_mlp_bias, options.norm_eps)
         slots = h + F.linear(F.linear(h_norm, w.w1, w.b1).relu(), w.w2, w.b2)
     return slots, A
 

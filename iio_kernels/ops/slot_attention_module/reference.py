@@ -14,9 +14,8 @@ With x̂ for x normalised over its features, without weight or bias, each of T i
     y       = relu(W1 ĥ + b1)
     s'      = h + W2 y + b2
 
-(Locatello et al. 2020, "Object-Centric Learning with Slot Attention", algorithm 1, reassociated.) Five linear maps are
-all that is learnt: what the module has between the inputs and the slots, and between the slots and the gates, is one
-map each, and weights and biases of its normalisations belong to the maps behind them; see `Maps`.
+(Locatello et al. 2020, "Object-Centric Learning with Slot Attention", algorithm 1, reassociated.) The five linear maps
+are all that is learnt: see `Maps` in common.py.
 
 `forward` and `backward` are the pair that `IterationsFunction` calls and every backend offers. Between them they keep a
 tape, some hundred numbers for each iteration and slot, and nothing of size N. As the reference, autograd differentiates
@@ -25,55 +24,23 @@ tape, some hundred numbers for each iteration and slot, and nothing of size N. A
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.slot_attention_module.common import Operands, Options, on_tape
 from iio_kernels.runtime.autograd import without_autocast
 from iio_kernels.runtime.numerics import divide
 
 
-class Maps(NamedTuple):
-    """The five linear maps, weights as in `torch.nn.Linear`, all in the dtype of the arithmetic."""
-
-    wp: Tensor  # (Dx, D): slots to what inputs are compared with
-    wi: Tensor  # (3 D, Dx): means of inputs to gates
-    wj: Tensor  # (3 D, D): slots to gates
-    w1: Tensor  # (H, D): the MLP
-    w2: Tensor  # (D, H)
-    bp: Tensor
-    bi: Tensor
-    bj: Tensor
-    b1: Tensor
-    b2: Tensor
-
-
-def read_by_maps(D: int, Dx: int, H: int) -> list[int]:
-    """How wide what each map reads is: ŝ, M, s, ĥ, y."""
-    return [D, Dx, D, D, H]
-
-
-def made_by_maps(D: int, Dx: int, H: int) -> list[int]:
-    """How wide what each map makes is: p, i, j, the MLP's hidden layer and its result."""
-    return [Dx, 3 * D, 3 * D, H, D]
-
-
-def on_tape(D: int, Dx: int, H: int) -> list[int]:
-    """The widths of a row of the tape: what the maps read, then p, r, z, n, j_n, and S, 1 / deviations of s and h."""
-    return [*read_by_maps(D, Dx, H), Dx, D, D, D, D, 1, 1, 1]
-
-
-def forward(
-    x: Tensor, slots: Tensor, maps: Maps, iterations: int, eps: float, norm_eps: float, return_attention: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(operands: Operands, options: Options, return_attention: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """The slots (B, K, D) after all iterations; the last A (B, K, N) if asked for; the tape (B, T, K, its width).
 
-    x (B, N, Dx) is stored in any dtype; slots (B, K, D), all maps and all results are in that of the arithmetic.
+    All results are in the dtype of the arithmetic.
     """
-    with without_autocast(x.device):
-        x, s, rows = x.to(slots.dtype), slots, []
-        for _ in range(iterations):
+    maps, eps, norm_eps = operands.maps, options.eps, options.norm_eps
+    with without_autocast(operands.x.device):
+        x, s, rows = operands.x.to(operands.slots.dtype), operands.slots, []
+        for _ in range(options.iterations):
             s_hat, s_share = _normalise(s, norm_eps)
             p = _linear(s_hat, maps.wp) + maps.bp
             A = (x @ p.mT).softmax(-1)
@@ -93,12 +60,12 @@ def forward(
 
 
 def backward(
-    ds: Tensor, dA: Tensor | None, x: Tensor, tape: Tensor, wp: Tensor, wi: Tensor, wj: Tensor, w1: Tensor, w2: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ds: Tensor, dA: Tensor | None, operands: Operands, tape: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients to x, in its dtype, and to the initial slots, from those to the last slots and A, if this was used.
 
-    And those to what the maps make (B, T, K, sum of `made_by_maps`), of which `of_maps` makes those to the maps. Only A
+    And those to what the maps make (B, T, K, sum of `made_by_maps`), of which
+    `gradients_to_maps` makes those to the maps. Only A
     is recomputed. Backwards through the iterations:
 
         dy             = W2^T ds'  where y > 0, else 0
@@ -113,6 +80,7 @@ def backward(
         dx[n]         += sum_s dL[n, s] p[s] + (A[n, s] + eps) / S[s] dM[s]
         ds             = z dh + Wj^T dj + through ŝ of Wp^T dp
     """
+    x, (wp, wi, wj, w1, w2, *_), eps = operands.x, operands.maps, options.eps
     T, D, Dx, H = tape.shape[1], wj.shape[1], x.shape[2], len(w1)
     with without_autocast(x.device):
         inputs, made = x.to(tape.dtype), []
@@ -135,18 +103,6 @@ def backward(
             made.append(torch.cat([dp, di, dj, dy, ds], -1))
             ds = z * dh + dj @ wj + _through_normalise(dp @ wp, s_hat, s_share)
         return dx.to(x.dtype), ds, torch.stack(made[::-1], 1)
-
-
-def of_maps(tape: Tensor, made: Tensor, D: int, Dx: int, H: int) -> tuple[Tensor, ...]:
-    """The gradients to the maps, in the order of `Maps`, from the tape and the gradients to what the maps make.
-
-    Three products and sums over all images, iterations and slots at once: torch's own.
-    """
-    with without_autocast(tape.device):
-        read = tape.flatten(0, 2).split(on_tape(D, Dx, H), -1)
-        made = made.flatten(0, 2).split(made_by_maps(D, Dx, H), -1)
-        weights = [y.mT @ x for x, y in zip(read, made, strict=False)]
-        return *weights, *(y.sum(0) for y in made)
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 x (B, N, Dx) stored in any dtype, slots (B, K, D), incoming gradients and the maps in that of the arithmetic, any
 strides. Results are in the arithmetic's dtype, but dx is stored as x is. The tape, the maps and what they make are
-those of reference.py.
+those of common.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.slot_attention_module.reference import Maps, made_by_maps, on_tape
+from iio_kernels.ops.slot_attention_module.common import Operands, Options, made_by_maps, on_tape
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 
 
@@ -34,7 +34,9 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(forward)
 
 
-def calls(namespace: str, stored: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Callable, Callable]:
+def calls(
+    namespace: str, stored: Callable[[Tensor, torch.dtype], Tensor]
+) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
     `stored` makes of x, for arithmetic in a dtype, what that namespace's kernels read.
@@ -42,20 +44,19 @@ def calls(namespace: str, stored: Callable[[Tensor, torch.dtype], Tensor]) -> tu
     define(namespace)
     ops = getattr(torch.ops, namespace)
 
-    def forward(
-        x: Tensor, slots: Tensor, maps: Maps, iterations: int, eps: float, norm_eps: float, return_attention: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(operands: Operands, options: Options, return_attention: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        x, slots, maps = operands
         weights, biases = list(maps[:5]), list(maps[5:])
         slots, A, tape = ops.iterations_forward(
-            stored(x, slots.dtype), slots, weights, biases, iterations, eps, norm_eps, return_attention
+            stored(x, slots.dtype), slots, weights, biases, *options, return_attention
         )
         return slots, A if return_attention else None, tape
 
     def backward(
-        ds: Tensor, dA: Tensor | None, x: Tensor, tape: Tensor, wp: Tensor, wi: Tensor, wj: Tensor, w1: Tensor,
-        w2: Tensor, eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        dx, ds, made = ops.iterations_backward(ds, dA, stored(x, tape.dtype), tape, [wp, wi, wj, w1, w2], eps)
+        ds: Tensor, dA: Tensor | None, operands: Operands, tape: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, weights = operands.x, list(operands.maps[:5])
+        dx, ds, made = ops.iterations_backward(ds, dA, stored(x, tape.dtype), tape, weights, options.eps)
         return dx.to(x.dtype), ds, made
 
     return forward, backward
