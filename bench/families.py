@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
 from iio_kernels import accelerate, restore
-from iio_kernels.acceleration.rewriting import Call, arranged
+from iio_kernels.acceleration.replacement.call import Call, arranged
 from tests.families import FAMILIES, OUTSIDE, Family
 
 ROUNDS = 5
