@@ -35,7 +35,10 @@ def memory_of(node: Node) -> int:
 
 
 def identity_of(memory: torch.UntypedStorage) -> int:
-    """What tells a storage from others. Python's objects of one storage are many, and data_ptr() is 0 if it is empty."""
+    """What tells a storage from others.
+
+    One storage has many objects in Python, and `data_ptr()` is 0 of all that are empty.
+    """
     return memory._cdata
 
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from iio_kernels.acceleration.graph import example
 from iio_kernels.acceleration.recognition.axes import Dim, Unlike, atoms, fresh, identify
-from iio_kernels.acceleration.recognition.terms import Constant, Leaf, Logits, Update, Value, _plain
+from iio_kernels.acceleration.recognition.terms import Constant, Leaf, Logits, Update, Value, is_product
 from iio_kernels.acceleration.torch_private import memory_of
 
 
@@ -24,15 +24,21 @@ class Rules:
 
     def __init__(self) -> None:
         self.recording: object = torch.is_grad_enabled()
+        """Whether gradients are recorded at this place; an object of its own where that is not known."""
         self.recorded: dict[Node, object] = {}
+        """The same of every node."""
         self.values: dict[Node, Value] = {}
         self.writes: dict[int, int] = {}
+        """How many writes each memory has seen."""
         self.updates: dict[Node, Update] = {}
         self.refused: dict[Node, str] = {}
+        """Of every softmax without an update, why."""
         self.parts: dict[tuple[Node, int, int], Dim] = {}
+        """The axis of each part of a softmax's slots."""
         self.lost: dict[Node, list[Node]] = {}
         """Of every softmax, what its attention goes through that is not known here."""
         self.node: Node
+        """The one that is read."""
 
     def value(self, node: Any) -> Value:
         """What a tensor is."""
@@ -48,16 +54,18 @@ class Rules:
         if isinstance(value.of, Leaf):
             return value
         linear = None
-        if isinstance(value.of, Logits) and _plain(value.of):
+        if isinstance(value.of, Logits) and is_product(value.of):
             b = value.of.b
             linear = value.of.a, Value(b.dims, replace(b.of, factor=b.of.factor * value.of.factor)), None
         return Value(value.dims, Leaf(node, value.dims, self.age(node), linear=linear))
 
     def new_leaf(self, node: Node) -> Value:
+        """A tensor of which nothing is known but its shape."""
         dims = fresh(example(node).shape)
         return Value(dims, Leaf(node, dims, self.age(node)))
 
     def age(self, node: Node) -> int:
+        """How often the graph has written to a tensor's memory so far."""
         return self.writes.get(memory_of(node), 0)
 
     def _number_of(self, x: Any) -> float | None:
@@ -69,12 +77,14 @@ class Rules:
 
     @staticmethod
     def _broadcast(i: Dim, j: Dim) -> Dim:
+        """The dimension that two make together; both the same, unless one has size 1."""
         if atoms(i) and atoms(j):
             identify(i, j)
         return i if atoms(i) else j
 
 
 def listed(dim: Any) -> list[int]:
+    """One dimension or several, as a list."""
     return list(dim) if isinstance(dim, Sequence) else [dim]
 
 

@@ -215,7 +215,7 @@ class Update:
         return self.attention.softmax
 
 
-def _plain(logits: Logits) -> bool:
+def is_product(logits: Logits) -> bool:
     """Whether they are a product of two leaves times a number and nothing else."""
     leaves = isinstance(logits.a.of, Leaf) and isinstance(logits.b.of, Leaf)
     return leaves and not (logits.mask or logits.biases or logits.scales or logits.shifts)
