@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from asserting import Asserts, AssertsNot, AssertsWithout, Iterations, Raises
-from families import FAMILIES, OUTSIDE, SMALL, Genera1Z, Locatello, SlotFormer, inputs_of, slots_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +29,11 @@ from iio_kernels.acceleration import Accelerated, inductor
 from iio_kernels.acceleration.recognition.axes import Unlike, atoms, fresh, identify, regroup
 from iio_kernels.acceleration.replacement import rewriting
 from iio_kernels.runtime import backends
+from iio_kernels.testing.families import FAMILIES, OUTSIDE
+from iio_kernels.testing.families.family import SMALL, inputs_of, slots_of
+from iio_kernels.testing.families.genera1z import Genera1Z
+from iio_kernels.testing.families.locatello import Locatello
+from iio_kernels.testing.families.slotformer import SlotFormer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
