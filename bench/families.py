@@ -1,6 +1,6 @@
 """How much faster other people's slot attention becomes: python3 -m bench.families [NAME...] [--json FILE]
 
-For each module of the field (tests/families.py) at its published size: whether `accelerate` finds and proves it, and
+For each module of the field (iio_kernels/testing/families) at its published size: whether `accelerate` finds and proves it, and
 forward and backward of the module's own code against the accelerated one, medians of interleaved rounds on this
 machine. "Bound" is the ratio that would be reached if attention and projections took no time at all: what is left is
 the normalisation of inputs, GRU and MLP, which are the module's own.
@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import train
 from iio_kernels import accelerate, restore
-from iio_kernels.acceleration.rewriting import Call, arranged
-from tests.families import FAMILIES, OUTSIDE, Family
+from iio_kernels.acceleration.replacement.call import Call, arranged
+from iio_kernels.testing.families import FAMILIES, OUTSIDE
+from iio_kernels.testing.families.family import Family
 
 ROUNDS = 5
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
+from iio_kernels.acceleration import torch_private
 
 
 @contextmanager
@@ -44,7 +44,7 @@ _call = _Call()
 @contextmanager
 def quiet_traces() -> Iterator[None]:
     """Whatever is traced within is traced quietly; what runs there is heard."""
-    handler = torch._dynamo.callback.callback_handler
+    handler = torch_private.trace_callbacks()
     if _starts not in handler.start_callbacks:  # torch._dynamo.reset() removes it
         handler.register_start_callback(_starts)
         handler.register_end_callback(_ends)

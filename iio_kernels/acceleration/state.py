@@ -33,7 +33,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from iio_kernels.acceleration import torch_private
 
 
 @contextmanager
@@ -274,13 +276,13 @@ class _Kept:
             if x.is_leaf and x.requires_grad != wanted:
                 x.requires_grad_(wanted)
             if version is not None and x._version != version:
-                torch._C._autograd._unsafe_set_version_counter((x,), (version,))
+                torch_private.set_version(x, version)
 
         self.undo.append(undo)
         self._keep_storage(data.untyped_storage())
 
     def _keep_storage(self, x: torch.UntypedStorage) -> None:
-        key = "storage", x._cdata
+        key = "storage", torch_private.identity_of(x)
         if key in self.seen or x.device.type == "meta":
             return
         self.seen[key] = x
@@ -303,8 +305,7 @@ class _Kept:
 def _plain_tensors() -> Iterator[None]:
     """No modes, no subclass's idea of what its methods are, and no gradients."""
     with (
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
+        torch_private.without_modes_and_subclasses(),
         torch.inference_mode(False),
         torch.no_grad(),
     ):
@@ -355,7 +356,7 @@ def _stored_globals(code: types.CodeType) -> set[str]:
 
 def _place(x: Tensor) -> tuple[Any, ...]:
     # Not its shape, which a lazy parameter has none of.
-    return x.untyped_storage()._cdata, x.storage_offset(), x.size(), x.stride(), x.dtype, x.device
+    return torch_private.identity_of(x.untyped_storage()), x.storage_offset(), x.size(), x.stride(), x.dtype, x.device
 
 
 def _same_bytes(x: np.ndarray, y: np.ndarray) -> bool:

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.fx.node import Node, has_side_effect
 from torch.utils._pytree import tree_leaves
 
-from iio_kernels.acceleration.recognition import TORCH, _memory, example, written_by
+from iio_kernels.acceleration.graph import TORCH, example, written_by
+from iio_kernels.acceleration.torch_private import memory_of
 
 _ours = threading.local()
 
@@ -199,7 +200,7 @@ def _first_codes(function: Any) -> Iterator[types.CodeType]:
 def _where(node: Node) -> Any:
     """What tells a tensor's memory from others'; of a sparse one it is not known."""
     x = example(node)
-    return _memory(node) if isinstance(x, Tensor) and x.layout is torch.strided else None
+    return memory_of(node) if isinstance(x, Tensor) and x.layout is torch.strided else None
 
 
 #: Functions that write to their second and third arguments, if their sixth, or one of this name, is true.

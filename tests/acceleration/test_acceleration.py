@@ -20,15 +20,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from asserting import Asserts, AssertsNot, AssertsWithout, Iterations, Raises
-from families import FAMILIES, OUTSIDE, SMALL, Genera1Z, Locatello, SlotFormer, inputs_of, slots_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from iio_kernels import accelerate, restore
-from iio_kernels.acceleration import Accelerated, inductor, rewriting
-from iio_kernels.acceleration.axes import Unlike, atoms, fresh, identify, regroup
+from iio_kernels.acceleration import Accelerated, inductor
+from iio_kernels.acceleration.recognition.axes import Unlike, atoms, fresh, identify, regroup
+from iio_kernels.acceleration.replacement import rewriting
 from iio_kernels.runtime import backends
+from iio_kernels.testing.families import FAMILIES, OUTSIDE
+from iio_kernels.testing.families.family import SMALL, inputs_of, slots_of
+from iio_kernels.testing.families.genera1z import Genera1Z
+from iio_kernels.testing.families.locatello import Locatello
+from iio_kernels.testing.families.slotformer import SlotFormer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -832,7 +837,7 @@ def test_what_is_overwritten_is_not_read_afterwards():
 def test_a_wrong_replacement_is_not_made(monkeypatch: pytest.MonkeyPatch):
     """The proof notices what recognition gets wrong: a scale, and an epsilon of 1e-8 that is in another place."""
     args = torch.randn(2, 7, 10), torch.randn(2, 3, 8)
-    planned = rewriting._planned
+    planned = rewriting.plan
     for wrong in ({"scale": 0.40001}, {"eps_in": "denominator"}, {"eps": 0.0}):
 
         def misread(update, wrong=wrong):
@@ -840,7 +845,7 @@ def test_a_wrong_replacement_is_not_made(monkeypatch: pytest.MonkeyPatch):
             call.options.update(wrong)
             return call, sources
 
-        monkeypatch.setattr(rewriting, "_planned", misread)
+        monkeypatch.setattr(rewriting, "plan", misread)
         report = accelerate(Step(split_last), *args)
         assert report.accelerated == []
         assert report.entries[0].what.startswith("in float64 what would replace it is")
@@ -850,14 +855,14 @@ def test_a_module_that_differs_is_not_replaced(monkeypatch: pytest.MonkeyPatch):
     """The second proof, on the example: whatever the first did not see."""
     args = torch.randn(2, 7, 10), torch.randn(2, 3, 8)
     monkeypatch.setattr(rewriting, "distance", lambda *_: 0.0)
-    planned = rewriting._planned
+    planned = rewriting.plan
 
     def misread(update):
         call, sources = planned(update)
         call.options["scale"] *= 1.001
         return call, sources
 
-    monkeypatch.setattr(rewriting, "_planned", misread)
+    monkeypatch.setattr(rewriting, "plan", misread)
     report = accelerate(Step(split_last), *args)
     assert report.accelerated == []
     assert "times rounding" in report.entries[0].what

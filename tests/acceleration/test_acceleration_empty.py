@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import FAMILIES
 from torch import Tensor, nn
 
 from iio_kernels import accelerate
+from iio_kernels.testing.families import FAMILIES
 
 B, N, K, X, D = 3, 7, 4, 10, 8
 

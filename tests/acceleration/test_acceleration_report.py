@@ -10,13 +10,13 @@ import warnings
 
 import pytest
 import torch
-from families import Locatello
 from torch import Tensor, nn
 
 import iio_kernels
 from iio_kernels import accelerate
 from iio_kernels.acceleration import Entry, Report, inductor
 from iio_kernels.runtime import entry_point
+from iio_kernels.testing.families.locatello import Locatello
 
 
 @functools.lru_cache

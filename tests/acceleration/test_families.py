@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, OUTSIDE, Size
 from torch import Tensor, nn
 
 from iio_kernels.nn import SlotAttention, convert_weights
+from iio_kernels.testing.families import FAMILIES, OUTSIDE
+from iio_kernels.testing.families.family import Size
 
 GIVEN = {"initial": "given"}
 SHOWN = {"attention": "softmax"}

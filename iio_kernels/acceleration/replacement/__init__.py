@@ -1,0 +1,1 @@
+"""Puts `slot_attention` where a graph spells it out, once it has proved in float64 that both are the same."""
