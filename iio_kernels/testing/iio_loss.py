@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.iio_loss.reference import Inpainter, inpaint
+from iio_kernels.ops.iio_loss import reference
+from iio_kernels.ops.iio_loss.common import Inpainter
 from iio_kernels.runtime.numerics import twice_and_4_units
 
 
@@ -91,7 +92,7 @@ def _move_off_kinks(image: Tensor, masks: Tensor, options: dict[str, Any], rando
     members = torch.tensor([[s >> i & 1 for i in range(K)] for s in range(1, 2**K - 1)], dtype=torch.float64)
     sets = torch.einsum("si,bihw->bshw", members, masks.double())
     for _ in range(100):
-        near = ((image.double().unsqueeze(1) - inpaint(image.double(), sets, inpainter)).abs() < 1e-5).any(1)
+        near = ((image.double().unsqueeze(1) - reference.inpaint(image.double(), sets, inpainter)).abs() < 1e-5).any(1)
         if not near.any():
             return
         image[near] = torch.rand(int(near.sum()), generator=random, dtype=torch.float64).to(image.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import TetrominoesGenerator
 from iio_kernels import IIOLossFunction, conditional_entropies, iio_loss, inpaint, interaction_information
-from iio_kernels.ops.iio_loss.reference import Inpainter
+from iio_kernels.ops.iio_loss.common import Inpainter
 from iio_kernels.testing.iio_loss import BENCHMARKS, CASES, Case, allowed_error
 
 # The literal formula takes K 2^(K-1) pairs of blurs: up to six masks it is quick.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iio_kernels import iio_loss
 from iio_kernels.ops.iio_loss import reference, sampling
-from iio_kernels.ops.iio_loss.reference import Inpainter
+from iio_kernels.ops.iio_loss.common import Inpainter
 from iio_kernels.testing.iio_loss import Case, allowed_error
 
 OPERATION = "iio_loss"
