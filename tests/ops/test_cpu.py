@@ -17,11 +17,8 @@ from pathlib import Path
 import literal
 import pytest
 import test_broadcast_conv2d
-import test_compose
-import test_iio_loss
 import test_slot_attention
 import test_slot_attention_module
-import test_spatial_mixture
 import torch
 from conftest import examples
 from hypothesis import given, settings
@@ -159,7 +156,7 @@ def composition(
 def composition_backward(wanted=(True, True), **how) -> dict[str, object]:
     arguments = composition(**how)
     x_hat, a, errors = ops.composition_forward(**arguments)
-    d_x_hat, d_a, d_errors = test_compose.random_like(x_hat, a, errors)
+    d_x_hat, d_a, d_errors = composition_spec.random_like(x_hat, a, errors)
     incoming = {
         "d_reconstruction": d_x_hat if wanted[0] else None,
         "d_masks": d_a if wanted[1] else None,
@@ -179,7 +176,7 @@ def mixture(dtype=F32, B=2, K=3, C=3, H=11, W=13, channels_last=True, everything
 def mixture_backward(everything=True, **how) -> dict[str, object]:
     arguments = mixture(**how)
     log_likelihood, m, q, _, d_nll = ops.mixture_forward(**arguments)
-    g, dm, dq = test_compose.random_like(log_likelihood, m, q)
+    g, dm, dq = composition_spec.random_like(log_likelihood, m, q)
     del arguments["everything"]
     others = {"d_masks": dm, "d_posterior": dq} if everything else {"d_masks": None, "d_posterior": None}
     kept = {"masks": m, "posterior": q, "d_nll": d_nll} if everything else {}
@@ -226,7 +223,7 @@ def iterations(dtype=F32, B=2, N=37, K=3, Dx=5, D=7, H=6, T=2, eps=1e-3, return_
 def iterations_backward(**how) -> dict[str, object]:
     arguments = iterations(**how)
     slots, attention, tape = ops.iterations_forward(**arguments)
-    d_slots, d_attention = test_compose.random_like(slots, attention)
+    d_slots, d_attention = composition_spec.random_like(slots, attention)
     incoming = {"d_slots": d_slots, "d_attention": d_attention if arguments["return_attention"] else None}
     return {**incoming, "tape": tape, **{name: arguments[name] for name in ("x", "weights", "eps")}}
 
@@ -523,16 +520,16 @@ def start(program: str, *arguments: object, **environment: str) -> subprocess.Co
 
 
 def iio_results(function, tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_iio_loss.results(function, *tensors, *incoming, **options)
+    return iio_spec.results(function, *tensors, *incoming, **options)
 
 
 def put_together(tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_compose.results(literal.composition_error, *tensors, incoming, **options)
+    return composition_spec.results(composition_spec.literal_composition_error, *tensors, incoming, **options)
 
 
 def mixed(tensors, incoming, **options) -> tuple[Tensor, ...]:
     """All results but views, and the gradients through the differentiable three."""
-    return test_spatial_mixture.literally(*tensors, incoming[:3], **options)
+    return mixture_spec.literally(*tensors, incoming[:3], **options)
 
 
 def broadcasted(tensors, incoming, **options) -> tuple[Tensor, ...]:
@@ -609,7 +606,7 @@ def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
 
     for case in (*iio_spec.CASES, WHOLE_VECTORS):
         if case.name in IIO_CASES:
-            lose = functools.partial(iio_results, literal.iio_loss)
+            lose = functools.partial(iio_results, iio_spec.literal_iio_loss)
             yield budget("iio_loss", lose, case, dtype, arithmetic, reduction="none")
             for function in (conditional_entropies, inpaint):
                 formula = functools.partial(iio_results, functools.partial(function, backend="reference"))
@@ -1044,12 +1041,12 @@ def test_any_large_image(B, C, K, H, W, half, repeats, number):
     tensors, options = iio_spec.Case("any", B, C, K, H, W, options).make()
     for function in (conditional_entropies, inpaint):
         incoming = torch.randn_like(function(*tensors, backend="reference", **options))
-        expected = test_iio_loss.results(function, *tensors, incoming, backend="reference", **options)
+        expected = iio_spec.results(function, *tensors, incoming, backend="reference", **options)
         with threads(number):
-            got = test_iio_loss.results(function, *tensors, incoming, backend="cpu", **options)
+            got = iio_spec.results(function, *tensors, incoming, backend="cpu", **options)
         if kernel_size == 1 and function is conditional_entropies:  # residuals are rounding errors, and their signs
             got, expected = got[:1] * 3, expected[:1] * 3
-        test_iio_loss.assert_all_close(got, expected, relative=1e-9)
+        iio_spec.assert_all_close(got, expected, relative=1e-9)
 
 
 # --- training -----------------------------------------------------------------------------------------------
