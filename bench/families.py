@@ -1,7 +1,7 @@
 """How much faster other people's slot attention becomes: python3 -m bench.families [NAME...] [--json FILE]
 
-For each module of the field (iio_kernels/testing/families) at its published size: whether `accelerate` finds and proves it, and
-forward and backward of the module's own code against the accelerated one, medians of interleaved rounds on this
+For each module of the field (iio_kernels/testing/families) at its published size: whether `accelerate` finds and proves
+it, and forward and backward of the module's own code against the accelerated one, medians of interleaved rounds on this
 machine. "Bound" is the ratio that would be reached if attention and projections took no time at all: what is left is
 the normalisation of inputs, GRU and MLP, which are the module's own.
 """

@@ -22,9 +22,11 @@ from iio_kernels import (
 from iio_kernels.testing.broadcast_conv2d import BENCHMARKS as BROADCAST
 from iio_kernels.testing.compose import BENCHMARKS as COMPOSITION
 from iio_kernels.testing.iio_loss import BENCHMARKS as IIO
+from iio_kernels.testing.iio_loss import literal_iio_loss
 from iio_kernels.testing.slot_attention import BENCHMARKS as ATTENTION
 from iio_kernels.testing.slot_attention_module import BENCHMARKS as ITERATIONS
 from iio_kernels.testing.spatial_mixture import BENCHMARKS as MIXTURE
+from iio_kernels.testing.spatial_mixture import literal_spatial_mixture
 from tests import literal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +156,7 @@ def test_iio_loss(race, device, machine, sets_of_inputs, case, backward, contend
     if not contender.startswith("ours") and case.K > 7 and (contender == "literal" or "subsets" not in case.options):
         pytest.skip("at this size only ours is practical")
     call = {
-        "literal": lambda image, masks: literal.iio_loss(image, masks).mean(),
+        "literal": lambda image, masks: literal_iio_loss(image, masks).mean(),
         "eager": lambda image, masks: iio_loss(image, masks, backend="reference", **case.options),
         "ours": lambda image, masks: iio_loss(image, masks, **case.options, backend=OURS),
         "ours, cuda": lambda image, masks: iio_loss(image, masks, **case.options, backend="cuda"),
@@ -236,7 +238,7 @@ def test_mixture(race, device, machine, sets_of_inputs, case, backward, contende
     Literal goes slot by slot, as the published program does; torch.compile has the gradients written out.
     """
     call = {
-        "literal": literal.spatial_mixture,
+        "literal": literal_spatial_mixture,
         "eager": plain_mixture,
         "torch.compile": compiled(lambda *x: tuple(spatial_mixture(*x, backend="reference"))),
         "ours": lambda *x: spatial_mixture(*x, backend=OURS),

@@ -1,8 +1,10 @@
-"""What slot composition is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+"""What slot composition is tested and measured on: sample inputs, the formula as printed, the error allowed, bytes
+moved and FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.compose.api import composition_error
+from iio_kernels.ops.compose.api import compose, composition_error
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
@@ -63,6 +65,97 @@ class Case:
             pixel += 3 * self.C * self.K + 4 * self.K
         return self.B * self.H * self.W * pixel
 
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def literal_compose(decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """The reconstruction (B, C, H, W) and the masks (B, K, H, W), slot by slot."""
+    likelihoods = [slot[:, -1].exp() for slot in decoded.unbind(1)]
+    total = torch.stack(likelihoods).sum(0)
+    masks = [likelihood / total for likelihood in likelihoods]
+    pictures = [mask.unsqueeze(1) * slot[:, :-1] for mask, slot in zip(masks, decoded.unbind(1), strict=True)]
+    return torch.stack(pictures).sum(0), torch.stack(masks, 1)
+
+
+def literal_composition_error(image: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """Each image's mean squared error (B,), and the masks."""
+    reconstruction, masks = literal_compose(decoded)
+    return ((reconstruction - image) ** 2).mean((1, 2, 3)), masks
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+#: What the results and gradients of a call are, in this order.
+NAMES = ("error or reconstruction", "masks", "dimage", "ddecoded")
+
+
+def random_like(*tensors: Tensor) -> list[Tensor]:
+    """Random numbers (fixed seed) in the tensors' shapes and dtypes."""
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=random).to(x) for x in tensors]
+
+
+def results(
+    function: Callable[..., Sequence[Tensor]],
+    image: Tensor,
+    decoded: Tensor,
+    incoming: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """What `function` returns, and the gradients to image and decoded (0 where there is none) from those that come in,
+    `incoming` or else random (fixed seed)."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (image, decoded)]
+    outputs = function(*leaves, **options)
+    incoming = random_like(*outputs) if incoming is None else incoming
+    gradients = torch.autograd.grad(outputs, leaves, incoming, allow_unused=True, materialize_grads=True)
+    return *(x.detach() for x in outputs), *gradients
+
+
+def run(image: Tensor, decoded: Tensor, backend: str, incoming: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """Each image's error, the masks, and the gradients to image and decoded."""
+    options = {"reduction": "none", "return_masks": True, "backend": backend}
+    return results(composition_error, image, decoded, incoming, **options)
+
+
+def composed(
+    image: Tensor, decoded: Tensor, backend: str | None = None, incoming: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """The reconstruction, the masks, no gradient to the image, and that to decoded; literal without a backend."""
+    options = {} if backend is None else {"backend": backend}
+    function = literal_compose if backend is None else compose
+    return results(lambda _, decoded: function(decoded, **options), image, decoded, incoming)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values under other strides."""
+    if how == "transposed":
+        return x.mT.contiguous().mT
+    if how == "channels last":
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if how == "channels last, sliced":
+        wide = torch.full((*x.shape[:-3], *x.shape[-2:], 3 * x.shape[-3] + 1), math.nan).to(x)
+        return wide[..., 1::3].copy_(x.movedim(-3, -1)).movedim(-1, -3)
+    if how == "slots last":  # (B, H, W, C + 1, K)
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "sliced":
+        wide = torch.full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), math.nan).to(x)
+        return wide[..., ::2, 1::3].copy_(x)
+    if how == "planes sliced":
+        wide = torch.full((x.shape[0], 2 * x.shape[1] + 1, *x.shape[2:]), math.nan).to(x)
+        return wide[:, 1::2].copy_(x)
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    if how == "expanded over pixels":
+        return x[..., :1, :1].expand_as(x)
+    if how == "of one number":
+        return x.flatten()[0].expand_as(x)
+    raise ValueError(how)
+
+
+# --- the samples -------------------------------------------------------------------------------------------
 
 CASES = (
     Case("plain"),

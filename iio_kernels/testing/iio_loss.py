@@ -1,16 +1,22 @@
-"""What the IIO loss is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+"""What the IIO loss is tested and measured on: sample inputs, the formula as printed, the error allowed, bytes moved
+and FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, combinations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from iio_kernels.ops.iio_loss.reference import Inpainter, inpaint
+from iio_kernels.ops.iio_loss import reference, sampling
+from iio_kernels.ops.iio_loss.api import iio_loss
+from iio_kernels.ops.iio_loss.common import Inpainter
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
@@ -95,12 +101,140 @@ def _move_off_kinks(image: Tensor, masks: Tensor, options: dict[str, Any], rando
     members = torch.tensor([[s >> i & 1 for i in range(K)] for s in range(1, 2**K - 1)], dtype=torch.float64)
     sets = torch.einsum("si,bihw->bshw", members, masks.double())
     for _ in range(100):
-        near = ((image.double().unsqueeze(1) - inpaint(image.double(), sets, inpainter)).abs() < 1e-5).any(1)
+        near = ((image.double().unsqueeze(1) - reference.inpaint(image.double(), sets, inpainter)).abs() < 1e-5).any(1)
         if not near.any():
             return
         image[near] = torch.rand(int(near.sum()), generator=random, dtype=torch.float64).to(image.dtype)
     raise RuntimeError("no image away from all kinks was found")
 
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def others_subsets(K: int, centre: int) -> list[tuple[int, ...]]:
+    """All nonempty subsets of the masks other than `centre`."""
+    others = [i for i in range(K) if i != centre]
+    return list(chain.from_iterable(combinations(others, size) for size in range(1, K)))
+
+
+def _literal_blur(planes: Tensor, sigma: float, kernel_size: int, repeats: int) -> Tensor:
+    """A separable Gaussian on every plane of (B, C, H, W) by itself, zeros outside, `repeats` times."""
+    positions = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+    taps = torch.exp(-(positions**2) / (2 * sigma**2))
+    taps = (taps / taps.sum()).to(planes)
+    channels = planes.shape[1]
+    for _ in range(repeats):
+        down = taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+        across = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+        planes = F.conv2d(planes, down, padding=(kernel_size // 2, 0), groups=channels)
+        planes = F.conv2d(planes, across, padding=(0, kernel_size // 2), groups=channels)
+    return planes
+
+
+def _literal_filtered(
+    image: Tensor,
+    mask: Tensor,
+    sigma: float = 5.0,
+    kernel_size: int = 11,
+    repeats: int = 2,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """Numerator (B, C, H, W) and denominator (B, 1, H, W) predicting from the pixels under mask (B, H, W)."""
+    mask = mask.unsqueeze(1)
+    planes = torch.cat([image * mask, mask], 1)
+    planes = _literal_blur(planes, sigma, kernel_size, repeats) + eps * planes.sum((2, 3), keepdim=True)
+    return planes[:, :-1], planes[:, -1:]
+
+
+def literal_inpaint(image: Tensor, mask: Tensor, **inpainter: Any) -> Tensor:
+    """psi (B, C, H, W), the image predicted from the pixels under mask (B, H, W)."""
+    numerator, denominator = _literal_filtered(image, mask, **inpainter)
+    return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))
+
+
+def literal_conditional_entropy(image: Tensor, centre: Tensor, given: Tensor, **inpainter: Any) -> Tensor:
+    """(B,): || centre * (image - psi_given) ||_1 / || centre ||_1; pixels out of `given`'s reach count 0."""
+    _, denominator = _literal_filtered(image, given, **inpainter)
+    error = (image - literal_inpaint(image, given, **inpainter)).abs()
+    error = torch.where(denominator == 0, 0, error).mean(1)
+    norm = centre.sum((1, 2))
+    return torch.where(norm == 0, 0, (centre * error).sum((1, 2)) / torch.where(norm == 0, 1, norm))
+
+
+def literal_iio_loss(image: Tensor, masks: Tensor, **inpainter: Any) -> Tensor:
+    """(B,): each image's loss, a term for every centre and every nonempty subset of the other masks."""
+    K = masks.shape[1]
+    loss = image.new_zeros(image.shape[0])
+    for m in range(K):
+        for subset in others_subsets(K, m):
+            given = sum((masks[:, i] for i in subset), torch.zeros_like(masks[:, 0]))
+            loss = loss - literal_conditional_entropy(image, masks[:, m], given, **inpainter)
+    return loss
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+def results(
+    function: Callable[..., Tensor], image: Tensor, masks: Tensor, incoming: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each image's loss and the gradients to image and masks; `incoming` is that to the losses."""
+    leaves = [x.detach().clone().requires_grad_() for x in (image, masks)]
+    losses = function(*leaves, **options)
+    if incoming is None:
+        incoming = torch.linspace(-1, 2, len(losses)).to(losses)
+    dimage, dmasks = torch.autograd.grad(losses, leaves, incoming)
+    return losses.detach(), dimage, dmasks
+
+
+def run(
+    image: Tensor, masks: Tensor, backend: str, incoming: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`results` of `iio_loss`."""
+    return results(iio_loss, image, masks, incoming, backend=backend, reduction="none", **options)
+
+
+def seeded(seed: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator on that device."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def run_drawn(
+    image: Tensor, masks: Tensor, backend: str, incoming: Tensor | None = None, seed: int = 0, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`results` of `iio_loss` for the draw of a seed, of some 14 subsets."""
+    options = {
+        "subsets": max(14, sampling.least(masks.shape[1])),
+        **options,
+        "generator": seeded(seed, image.device),
+        "backend": backend,
+    }
+    return results(iio_loss, image, masks, incoming, reduction="none", **options)
+
+
+def assert_all_close(got: Sequence[Tensor], expected: Sequence[Tensor], relative: float = 1e-10) -> None:
+    """Each result is as expected, relative to its largest value."""
+    for name, x, y in zip(("loss", "dimage", "dmasks"), got, expected, strict=True):
+        scale = y.abs().max().item() if y.numel() else 1
+        torch.testing.assert_close(x, y, rtol=0, atol=relative * scale + 1e-14, msg=partial("{}: {}".format, name))
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values under other strides."""
+    if how == "transposed":
+        return x.mT.contiguous().mT
+    if how == "channels last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if how == "sliced":
+        wide = x.new_full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), math.nan)
+        return wide[..., ::2, 1::3].copy_(x)
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    raise ValueError(how)
+
+
+# --- the samples -------------------------------------------------------------------------------------------
 
 CASES = (
     Case("plain"),

@@ -1,18 +1,21 @@
-"""What the spatial mixture is tested and measured on: sample inputs, the error allowed, bytes moved and FLOPs."""
+"""What the spatial mixture is tested and measured on: sample inputs, the formula as printed, the error allowed, bytes
+moved and FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
+from iio_kernels.testing.compose import random_like
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,56 @@ class Case:
         pixel += 8 * self.K + 2 * self.C * self.K if backward else 5 * self.K + 1 + 2 * self.K * (self.C + 1)
         return self.B * self.H * self.W * pixel
 
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def literal_spatial_mixture(image: Tensor, decoded: Tensor, sigma: float = 0.1) -> tuple[Tensor, ...]:
+    """log p (B, H, W), masks, posterior and leave-one-out (B, K, H, W), and d(-log p), for which decoded is a leaf."""
+    log_m = decoded[:, :, -1].log_softmax(1)
+    normals = [Normal(slot[:, :-1], sigma, validate_args=False) for slot in decoded.unbind(1)]
+    log_p_k = torch.stack([normal.log_prob(image).sum(1) for normal in normals], 1)
+    joint, masks = log_m + log_p_k, log_m.exp()
+    log_p, K = joint.logsumexp(1), decoded.shape[1]
+    others = [joint[:, [j for j in range(K) if j != k]].logsumexp(1) for k in range(K)]
+    leave_one_out = torch.stack(others, 1) - (1 - masks).log()
+    (d_decoded,) = torch.autograd.grad(-log_p.sum(), decoded, retain_graph=True)
+    return log_p, masks, log_p_k.softmax(1), leave_one_out.detach(), d_decoded
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+#: What the results and gradients of a call are, in this order.
+NAMES = ("log_likelihood", "masks", "posterior", "leave_one_out", "d_decoded", "dimage", "ddecoded")
+
+
+def results(
+    function: Callable[..., Sequence[Tensor]],
+    image: Tensor,
+    decoded: Tensor,
+    incoming: Sequence[Tensor] | None = None,
+    copy: bool = True,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """What `function` returns but for views of it, and the gradients to image and decoded from those that come to the
+    first three, `incoming` or else random (fixed seed)."""
+    leaves = [x.detach() for x in (image, decoded)]
+    leaves = [x.clone(memory_format=torch.preserve_format) if copy else x for x in leaves]
+    outputs = function(*(x.requires_grad_() for x in leaves), **options)[:5]
+    incoming = random_like(*outputs[:3]) if incoming is None else incoming
+    return *(x.detach() for x in outputs), *torch.autograd.grad(outputs[:3], leaves, incoming)
+
+
+def literally(
+    image: Tensor, decoded: Tensor, incoming: Sequence[Tensor] | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """`results` of the formula as printed."""
+    return results(literal_spatial_mixture, image, decoded, incoming, **options)
+
+
+# --- the samples -------------------------------------------------------------------------------------------
 
 CASES = (
     Case("plain"),

@@ -2,13 +2,13 @@
 
 from itertools import product
 
-import literal
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from data import metrics
+from iio_kernels.testing.iio_loss import literal_iio_loss
 from models import iem
 
 NAN = float("nan")
@@ -85,7 +85,7 @@ def test_smoothing_counts_the_3_by_3():
 @pytest.mark.parametrize("K", [2, 3])
 def test_the_gradient_is_that_of_the_objective_as_printed(K):
     images, masks = torch.rand(2, 3, 13, 12, dtype=torch.float64), random_masks(2, K, 13, 12).requires_grad_()
-    objective = -literal.iio_loss(images, masks) / (2 ** (K - 1) - 1)
+    objective = -literal_iio_loss(images, masks) / (2 ** (K - 1) - 1)
     for m in masks.unbind(1):
         m = m.unsqueeze(1)
         mean = (m * images).sum((2, 3), keepdim=True) / m.sum((2, 3), keepdim=True)

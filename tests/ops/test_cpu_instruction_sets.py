@@ -11,11 +11,8 @@ from collections.abc import Iterator
 import literal
 import pytest
 import test_broadcast_conv2d
-import test_compose
-import test_iio_loss
 import test_slot_attention
 import test_slot_attention_module
-import test_spatial_mixture
 import torch
 from cpu_operators import (
     BF16,
@@ -79,16 +76,16 @@ def start(program: str, *arguments: object, **environment: str) -> subprocess.Co
 
 
 def iio_results(function, tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_iio_loss.results(function, *tensors, *incoming, **options)
+    return iio_spec.results(function, *tensors, *incoming, **options)
 
 
 def put_together(tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_compose.results(literal.composition_error, *tensors, incoming, **options)
+    return composition_spec.results(composition_spec.literal_composition_error, *tensors, incoming, **options)
 
 
 def mixed(tensors, incoming, **options) -> tuple[Tensor, ...]:
     """All results but views, and the gradients through the differentiable three."""
-    return test_spatial_mixture.literally(*tensors, incoming[:3], **options)
+    return mixture_spec.literally(*tensors, incoming[:3], **options)
 
 
 def broadcasted(tensors, incoming, **options) -> tuple[Tensor, ...]:
@@ -165,7 +162,7 @@ def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
 
     for case in (*iio_spec.CASES, WHOLE_VECTORS):
         if case.name in IIO_CASES:
-            lose = functools.partial(iio_results, literal.iio_loss)
+            lose = functools.partial(iio_results, iio_spec.literal_iio_loss)
             yield budget("iio_loss", lose, case, dtype, arithmetic, reduction="none")
             for function in (conditional_entropies, inpaint):
                 formula = functools.partial(iio_results, functools.partial(function, backend="reference"))

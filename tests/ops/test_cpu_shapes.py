@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import test_iio_loss
 import test_slot_attention
 import torch
 from conftest import examples
@@ -68,9 +67,9 @@ def test_any_large_image(B, C, K, H, W, half, repeats, number):
     tensors, options = iio_spec.Case("any", B, C, K, H, W, options).make()
     for function in (conditional_entropies, inpaint):
         incoming = torch.randn_like(function(*tensors, backend="reference", **options))
-        expected = test_iio_loss.results(function, *tensors, incoming, backend="reference", **options)
+        expected = iio_spec.results(function, *tensors, incoming, backend="reference", **options)
         with threads(number):
-            got = test_iio_loss.results(function, *tensors, incoming, backend="cpu", **options)
+            got = iio_spec.results(function, *tensors, incoming, backend="cpu", **options)
         if kernel_size == 1 and function is conditional_entropies:  # residuals are rounding errors, and their signs
             got, expected = got[:1] * 3, expected[:1] * 3
-        test_iio_loss.assert_all_close(got, expected, relative=1e-9)
+        iio_spec.assert_all_close(got, expected, relative=1e-9)

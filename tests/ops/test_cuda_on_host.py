@@ -1,24 +1,23 @@
 """The CUDA kernels without a GPU: compiled for the host (see cuda_on_host), against the reference in float64.
 
-With IIO_KERNELS_CUDA_ON_HOST=1 in the environment all of test_iio_loss.py is for them, too.
+With IIO_KERNELS_CUDA_ON_HOST=1 in the environment all of test_iio_loss*.py is for them, too.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cuda_on_host
 import pytest
 import torch
-from test_iio_loss import _strided
 from torch import Tensor
 
 from iio_kernels import conditional_entropies, iio_loss, inpaint
 from iio_kernels.runtime import build
 from iio_kernels.runtime.backends import BACKENDS
-from iio_kernels.testing.iio_loss import CASES, Case
+from iio_kernels.testing.iio_loss import CASES, Case, strided
 
 try:
     build.find_compiler()
@@ -52,12 +51,15 @@ TAPS = tuple(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
-    if "cuda_on_host" not in BACKENDS:
-        cuda_on_host.load(cuda_on_host.build(path.parent))
-        return path
-    return Path(next(name for name in torch.ops.loaded_libraries if "cuda_on_host" in name))
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The library, whose backend is there for the tests of this file alone: others count the backends."""
+    if "cuda_on_host" in BACKENDS:  # it was asked for, for all tests
+        yield Path(next(name for name in torch.ops.loaded_libraries if "cuda_on_host" in name))
+        return
+    path = cuda_on_host.build(tmp_path_factory.mktemp("cuda"))
+    cuda_on_host.load(path)
+    yield path
+    del BACKENDS["cuda_on_host"]
 
 
 def function_of(case: Case, name: str, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -147,7 +149,7 @@ def test_every_number_of_masks_has_its_kernels(K, C, dtype):
 def test_strided_planes(how):
     case = Case("strided", B=3)
     image, masks = case.make()[0]
-    views = [_strided(x, how) for x in (image, masks)]
+    views = [strided(x, how) for x in (image, masks)]
     for name in ("loss", "sampled", "entropies", "psi"):
         function = function_of(case, name, "cuda_on_host")
         torch.testing.assert_close(function(*views), function(*(x.contiguous() for x in views)), rtol=0, atol=0)

@@ -6,11 +6,8 @@ from functools import partial
 
 import pytest
 import test_broadcast_conv2d
-import test_compose
-import test_iio_loss
 import test_slot_attention
 import test_slot_attention_module
-import test_spatial_mixture
 import torch
 from conftest import DEEP
 from torch import Tensor
@@ -18,6 +15,9 @@ from torch import Tensor
 from iio_kernels import slot_attention, slot_attention_from_inputs, spatial_mixture
 from iio_kernels.runtime import triton_support
 from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing import compose as composition_spec
+from iio_kernels.testing import iio_loss as iio_spec
+from iio_kernels.testing import spatial_mixture as mixture_spec
 from iio_kernels.testing.aot import ARCHITECTURES, Compiled, all_calls, compile_calls
 from iio_kernels.testing.slot_attention import Case
 
@@ -139,12 +139,12 @@ STORED = {
     "slot_attention_from_inputs": of_from_inputs,
     "broadcast_conv2d": partial(of_broadcast, transposed=False),
     "broadcast_conv2d, transposed": partial(of_broadcast, transposed=True),
-    "composition_error": partial(of_images, test_compose, lambda *x: test_compose.run(*x, "triton")),
-    "compose": partial(of_images, test_compose, lambda *x: test_compose.composed(*x, "triton")),
+    "composition_error": partial(of_images, composition_spec, lambda *x: composition_spec.run(*x, "triton")),
+    "compose": partial(of_images, composition_spec, lambda *x: composition_spec.composed(*x, "triton")),
     "spatial_mixture": partial(
-        of_images, test_spatial_mixture, lambda *x: test_spatial_mixture.results(spatial_mixture, *x, backend="triton")
+        of_images, mixture_spec, lambda *x: mixture_spec.results(spatial_mixture, *x, backend="triton")
     ),
-    "iio_loss": partial(of_images, test_iio_loss, lambda *x: test_iio_loss.run(*x, "triton")),
+    "iio_loss": partial(of_images, iio_spec, lambda *x: iio_spec.run(*x, "triton")),
     "slot_attention_module": of_iterations,
 }
 

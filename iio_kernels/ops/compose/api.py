@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iio_kernels.ops.compose import reference
+from iio_kernels.ops.compose.common import Incoming, Operands, Wanted
 from iio_kernels.runtime import backends, checks
 from iio_kernels.runtime.autograd import differentiable_once, signature_kept
 from iio_kernels.runtime.docs import documented
@@ -61,7 +62,7 @@ def compose(decoded: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tens
     """
     _check(decoded)
     name = backends.choose("compose", backend, decoded.device)
-    reconstruction, masks, _ = _compose(decoded, None, True, True, name)
+    reconstruction, masks, _ = _compose(Operands(decoded, None), Wanted(reconstruction=True, masks=True), name)
     return reconstruction, masks
 
 
@@ -123,7 +124,8 @@ def composition_error(
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.flag("return_masks", return_masks)
     name = backends.choose("compose", backend, checks.same_device(image=image, decoded=decoded))
-    _, masks, errors = _compose(decoded, image, False, return_masks, name)
+    wanted = Wanted(reconstruction=False, masks=return_masks)
+    _, masks, errors = _compose(Operands(decoded, image), wanted, name)
     error = errors if reduction == "none" else errors.mean() if reduction == "mean" else errors.sum()
     return (error, masks) if return_masks else error
 
@@ -143,7 +145,7 @@ class CompositionFunction(torch.autograd.Function):
         decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool, backend: str
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         kernels = backends.implementation("compose", backend)
-        return kernels.forward(decoded, image, return_reconstruction, return_masks)
+        return kernels.forward(Operands(decoded, image), Wanted(return_reconstruction, return_masks))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -155,16 +157,16 @@ class CompositionFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         kernels = backends.implementation("compose", ctx.backend)
-        d_decoded, d_image = kernels.backward(*incoming, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        operands = Operands(*ctx.saved_tensors)
+        d_decoded, d_image = kernels.backward(Incoming(*incoming), operands, ctx.needs_input_grad[1])
         return d_decoded, d_image, None, None, None
 
 
-def _compose(*arguments: Any) -> tuple[Any, Any, Any]:
+def _compose(operands: Operands, wanted: Wanted, backend: str) -> tuple[Any, Any, Any]:
     """`CompositionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *others, backend = arguments
     if backend == "reference":
-        return reference.forward(*others)
-    return CompositionFunction.apply(*others, backend)
+        return reference.forward(operands, wanted)
+    return CompositionFunction.apply(*operands, *wanted, backend)
 
 
 def _check(decoded: Tensor, image: Tensor | None = None) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from iio_kernels.ops.compose import schema
-from iio_kernels.runtime.numerics import arithmetic_dtype
+from iio_kernels.ops.compose.common import Operands
 
 
-def _inputs(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _inputs(operands: Operands) -> Operands:
     """Both in dtypes that the kernels read: bfloat16 is read as it is stored."""
-    dtype = arithmetic_dtype(decoded, image)
+    (decoded, image), dtype = operands, operands.dtype()
     in_place = dtype == torch.float32 and decoded.dtype == torch.bfloat16
-    return decoded if in_place else decoded.to(dtype), None if image is None else image.to(dtype)
+    return Operands(decoded if in_place else decoded.to(dtype), None if image is None else image.to(dtype))
 
 
 forward, backward = schema.calls("iio_kernels", _inputs)

@@ -17,42 +17,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.compose.common import Incoming, Operands, Wanted
 from iio_kernels.runtime.autograd import without_autocast
-from iio_kernels.runtime.numerics import arithmetic_dtype
 
 
-def forward(
-    decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def forward(operands: Operands, wanted: Wanted) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x_hat (B, C, H, W) and a (B, K, H, W) if asked for, and each image's error (B,) if there is an image.
 
     All in the dtype of the arithmetic.
     """
+    decoded, image = operands
     with without_autocast(decoded.device):
-        _, a, x_hat = _compose(decoded, image)
+        _, a, x_hat = _compose(operands)
         errors = None if image is None else (x_hat - image.to(x_hat.dtype)).square().mean((1, 2, 3))
-        return x_hat if return_reconstruction else None, a if return_masks else None, errors
+        return x_hat if wanted.reconstruction else None, a if wanted.masks else None, errors
 
 
-def backward(
-    d_x_hat: Tensor | None,
-    da: Tensor | None,
-    g: Tensor | None,
-    decoded: Tensor,
-    image: Tensor | None,
-    needs_image_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients to decoded and to image, each in its input's dtype, from those to x_hat, a and the errors.
+def backward(incoming: Incoming, operands: Operands, needs_image_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients to decoded and to image, each in its input's dtype, from those to x_hat, a and the errors, g.
 
-    Each of these is None where it was not used. a is recomputed, then
+    a is recomputed, then
 
         d_x_hat_c  += 2 g (x_hat_c - x_c) / (C H W),    d_x_c = minus what is added
         da_k       += sum_c d_x_hat_c rgb_{k,c}
         d_rgb_{k,c} = a_k d_x_hat_c
         d_alpha_k   = a_k (da_k - sum_j a_j da_j)
     """
+    (d_x_hat, da, g), (decoded, image) = incoming, operands
     with without_autocast(decoded.device):
-        rgb, a, x_hat = _compose(decoded, image)
+        rgb, a, x_hat = _compose(operands)
         d_x_hat = torch.zeros_like(x_hat) if d_x_hat is None else d_x_hat
         da = torch.zeros_like(a) if da is None else da
         d_image = None
@@ -66,9 +59,9 @@ def backward(
         return torch.cat([d_rgb, d_alpha.unsqueeze(2)], 2).to(decoded.dtype), d_image
 
 
-def _compose(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _compose(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """rgb (B, K, C, H, W), a (B, K, H, W), x_hat (B, C, H, W), in the dtype of the arithmetic with the image."""
-    decoded = decoded.to(arithmetic_dtype(decoded, image))
+    decoded = operands.decoded.to(operands.dtype())
     rgb, alpha = decoded[:, :, :-1], decoded[:, :, -1]
     a = alpha.softmax(1)
     return rgb, a, (a.unsqueeze(2) * rgb).sum(1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.compose.common import Incoming, Operands, Wanted
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 from iio_kernels.runtime.layout import new_like
 from iio_kernels.runtime.numerics import arithmetic_dtype
@@ -34,33 +35,26 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(f"{namespace}::composition_forward")
 
 
-def calls(
-    namespace: str, inputs: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-) -> tuple[Callable, Callable]:
+def calls(namespace: str, inputs: Callable[[Operands], Operands]) -> tuple[Callable, Callable]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
-    `inputs` makes of decoded and image what that namespace's kernels read.
+    `inputs` makes of the operands what that namespace's kernels read.
     """
     define(namespace)
     ops = getattr(torch.ops, namespace)
 
-    def forward(
-        decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x_hat, a, errors = ops.composition_forward(*inputs(decoded, image), return_reconstruction, return_masks)
-        return x_hat if return_reconstruction else None, a if return_masks else None, None if image is None else errors
+    def forward(operands: Operands, wanted: Wanted) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_hat, a, errors = ops.composition_forward(*inputs(operands), *wanted)
+        return (
+            x_hat if wanted.reconstruction else None,
+            a if wanted.masks else None,
+            None if operands.image is None else errors,
+        )
 
-    def backward(
-        d_x_hat: Tensor | None,
-        da: Tensor | None,
-        g: Tensor | None,
-        decoded: Tensor,
-        image: Tensor | None,
-        needs_image_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        wanted = image if needs_image_gradient and g is not None else None
-        d_decoded, d_image = ops.composition_backward(d_x_hat, da, g, *inputs(decoded, image), wanted is not None)
-        return d_decoded.to(decoded.dtype), None if wanted is None else d_image.to(wanted.dtype)
+    def backward(incoming: Incoming, operands: Operands, needs_image_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        image = operands.image if needs_image_gradient and incoming.errors is not None else None
+        d_decoded, d_image = ops.composition_backward(*incoming, *inputs(operands), image is not None)
+        return d_decoded.to(operands.decoded.dtype), None if image is None else d_image.to(image.dtype)
 
     return forward, backward
 

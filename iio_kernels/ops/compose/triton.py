@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels.ops.compose import schema
-from iio_kernels.runtime.numerics import arithmetic_dtype
+from iio_kernels.ops.compose.common import Operands
 from iio_kernels.runtime.tiles import axes, decoded_at, dense, evenly_spaced, launch, settings, softmax, split, strides
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -122,11 +122,12 @@ def _composition_backward(
     return d_decoded, d_image
 
 
-def _inputs(decoded: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _inputs(operands: Operands) -> Operands:
     """Both as they are stored; but what meets a float64 becomes one."""
-    if arithmetic_dtype(decoded, image) == torch.float64:
-        return decoded.double(), None if image is None else image.double()
-    return decoded, image
+    if operands.dtype() != torch.float64:
+        return operands
+    decoded, image = operands
+    return Operands(decoded.double(), None if image is None else image.double())
 
 
 forward, backward = schema.calls("iio_kernels_triton", _inputs)

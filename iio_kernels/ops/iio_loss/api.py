@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.iio_loss import reference, sampling
-from iio_kernels.ops.iio_loss.reference import Inpainter
-from iio_kernels.ops.iio_loss.sampling import Draw
-from iio_kernels.runtime import backends, checks
-from iio_kernels.runtime.autograd import differentiable_once, signature_kept
+from iio_kernels.ops.iio_loss import reference, validation
+from iio_kernels.ops.iio_loss.common import Inpainter, without_negligible
+from iio_kernels.ops.iio_loss.functions import ConditionalEntropiesFunction, IIOLossFunction, InpaintFunction
+from iio_kernels.runtime import checks
 from iio_kernels.runtime.docs import documented
 from iio_kernels.runtime.options import InpaintingBackend, Reduction, Terms
 
@@ -102,10 +99,10 @@ def iio_loss(
         >>> iio_loss(image, masks).backward()
     """
     inpainter = Inpainter(sigma, kernel_size, repeats, eps)
-    name = _check(image, masks, inpainter, backend, min_masks=2, enumerates=subsets is None)
+    name = validation.backend_for(image, masks, inpainter, backend, min_masks=2, enumerates=subsets is None)
     checks.option("terms", terms, ("sum", "mean"))
     checks.option("reduction", reduction, ("mean", "sum", "none"))
-    draw = _draw(image, masks, subsets, generator)
+    draw = validation.drawn(image, masks, subsets, generator)
     if name == "reference":
         losses = (
             -reference.conditional_entropies(image, masks, inpainter).sum((1, 2))
@@ -160,7 +157,7 @@ def conditional_entropies(
     Source: the Interaction Information Optimization paper, equations 10 to 14.
     """
     inpainter = Inpainter(sigma, kernel_size, repeats, eps)
-    name = _check(image, masks, inpainter, backend, min_masks=2)
+    name = validation.backend_for(image, masks, inpainter, backend, min_masks=2)
     if name == "reference":
         return reference.conditional_entropies(image, masks, inpainter)
     return ConditionalEntropiesFunction.apply(*_inputs(image, masks), inpainter, name)
@@ -209,7 +206,7 @@ def interaction_information(
     subsets = torch.arange(1, H.shape[2] + 1, device=H.device)
     sizes = sum((subsets >> i) & 1 for i in range(masks.shape[1] - 1))
     # An empty region has no entropy at all; a NaN norm differs from 0 and is left to H to carry.
-    norms = reference.without_negligible(masks.detach()).sum((-2, -1))
+    norms = without_negligible(masks.detach()).sum((-2, -1))
     entropy_alone = (norms != 0).to(H.dtype)
     return entropy_alone + (H * (1 - 2 * (sizes % 2))).sum(2)
 
@@ -250,178 +247,12 @@ def inpaint(
     Source: Savarese et al. 2021, "Information-Theoretic Segmentation by Inpainting Error Maximization".
     """
     inpainter = Inpainter(sigma, kernel_size, repeats, eps)
-    name = _check(image, masks, inpainter, backend, min_masks=1, enumerates=False)
+    name = validation.backend_for(image, masks, inpainter, backend, min_masks=1, enumerates=False)
     if name == "reference":
         return reference.inpaint(image, masks, inpainter)
     return InpaintFunction.apply(*_inputs(image, masks), inpainter, name)
 
 
-def _draw(image: Tensor, masks: Tensor, subsets: int | None, generator: torch.Generator | None) -> Draw | None:
-    """The sets that `iio_loss` is to visit, None for all; checks both options."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
-    if subsets is None:
-        if generator is not None:
-            raise ValueError("generator: expected None where subsets is None and nothing is drawn, got one")
-        return None
-    K, device = masks.shape[1], image.device
-    if K > sampling.MAX_MASKS:
-        raise ValueError(f"masks: expected at most {sampling.MAX_MASKS} masks with subsets=, got {K}")
-    if isinstance(subsets, bool) or not isinstance(subsets, int):
-        raise TypeError(f"subsets: expected an int or None, got {type(subsets).__name__}")
-    if subsets < sampling.least(K):
-        raise ValueError(
-            f"subsets: expected at least {sampling.least(K)} for {K} masks, a set of each size and its complement, "
-            f"got {subsets}"
-        )
-    if generator is not None and generator.device != device and generator.device != torch.device(device.type):
-        raise ValueError(f"generator: expected one on the images' device, {device}, got one on {generator.device}")
-    return sampling.draw(image.shape[0], K, subsets, device, generator)
-
-
 def _inputs(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """What the Functions are called on: where no gradient is recorded, none is computed either."""
     return (image, masks) if torch.is_grad_enabled() else (image.detach(), masks.detach())
-
-
-@signature_kept
-class IIOLossFunction(torch.autograd.Function):
-    """The autograd Function under `iio_loss`: a backend's `loss_and_gradient` forward, a scaling backward.
-
-    `IIOLossFunction.apply(image, masks, pairs, weights, inpainter, needs_gradient, backend)` returns each image's loss,
-    `(B,)`, its terms summed, and its gradients to image and masks as far as `needs_gradient`, two flags, asks for them;
-    only the loss is differentiable. `pairs` and `weights` are those of a `Draw` of subsets, or both None for all
-    subsets; `inpainter` is an `Inpainter`. It checks nothing: call `iio_loss`. It differentiates once;
-    for second derivatives call `iio_loss` with `backend="reference"`, which plain autograd differentiates any number
-    of times.
-    """
-
-    @staticmethod
-    def forward(
-        image: Tensor,
-        masks: Tensor,
-        pairs: Tensor | None,
-        weights: Tensor | None,
-        inpainter: Inpainter,
-        needs_gradient: tuple[bool, bool],
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kernels = backends.implementation("iio_loss", backend)
-        draw = None if pairs is None or weights is None else Draw(pairs, weights)
-        return kernels.loss_and_gradient(image, masks, inpainter, *needs_gradient, draw)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        image, masks, *_ = inputs
-        _, dimage, dmasks = output
-        ctx.mark_non_differentiable(dimage, dmasks)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(image, masks, dimage, dmasks)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 7
-        image, masks, *gradients = ctx.saved_tensors
-        grad = grad[:, None, None, None]
-        scaled = tuple(None if x is None else grad * x for x in _needed(ctx, *gradients))
-        return *_stored((image.dtype, masks.dtype), scaled), *(None,) * 5
-
-
-@signature_kept
-class ConditionalEntropiesFunction(torch.autograd.Function):
-    """The autograd Function under `conditional_entropies`, as `IIOLossFunction` is under `iio_loss`."""
-
-    @staticmethod
-    def forward(image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
-        return backends.implementation("iio_loss", backend).conditional_entropies(image, masks, inpainter)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        image, masks, ctx.inpainter, ctx.backend = inputs
-        ctx.save_for_backward(image, masks)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, masks = ctx.saved_tensors
-        kernels = backends.implementation("iio_loss", ctx.backend)
-        gradients = kernels.conditional_entropies_backward(grad, image, masks, ctx.inpainter, ctx.needs_input_grad[0])
-        return *_stored((image.dtype, masks.dtype), _needed(ctx, *gradients)), None, None
-
-
-@signature_kept
-class InpaintFunction(torch.autograd.Function):
-    """The autograd Function under `inpaint`, as `IIOLossFunction` is under `iio_loss`."""
-
-    @staticmethod
-    def forward(image: Tensor, masks: Tensor, inpainter: Inpainter, backend: str) -> Tensor:
-        return backends.implementation("iio_loss", backend).inpaint(image, masks, inpainter)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        image, masks, ctx.inpainter, ctx.backend = inputs
-        ctx.save_for_backward(image, masks)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, masks = ctx.saved_tensors
-        kernels = backends.implementation("iio_loss", ctx.backend)
-        gradients = kernels.inpaint_backward(grad, image, masks, ctx.inpainter)
-        return *_stored((image.dtype, masks.dtype), _needed(ctx, *gradients)), None, None
-
-
-def _needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients to image and masks, None in place of one that nobody needs."""
-    return tuple(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-
-
-def _stored(dtypes: tuple[torch.dtype, torch.dtype], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Each gradient in its input's dtype."""
-    return tuple(None if x is None else x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
-
-
-def _check(
-    image: Tensor,
-    masks: Tensor,
-    inpainter: Inpainter,
-    backend: str,
-    *,
-    min_masks: int,
-    enumerates: bool = True,
-) -> str:
-    """Check tensors and options and return the name of the backend that will serve."""
-    checks.tensor("image", image, "(B, C, H, W)")
-    checks.tensor("masks", masks, "(B, K, H, W)")
-    B, C, H, W = image.shape
-    if min(C, H, W) == 0:
-        raise ValueError(f"image: expected at least one channel and one pixel, got shape {tuple(image.shape)}")
-    K = masks.shape[1]
-    if (masks.shape[0], *masks.shape[2:]) != (B, H, W):
-        raise ValueError(
-            f"masks: expected shape ({B}, K, {H}, {W}) to match image {tuple(image.shape)}, got {tuple(masks.shape)}"
-        )
-    if min_masks > K:
-        raise ValueError(f"masks: expected at least {min_masks} masks in dimension 1, got {K}")
-    checks.number("sigma", inpainter.sigma, above=0)
-    checks.integer("kernel_size", inpainter.kernel_size, at_least=1)
-    if inpainter.kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: expected an odd number of taps, got {inpainter.kernel_size}")
-    if inpainter.kernel_size > min(H, W):
-        raise ValueError(
-            f"kernel_size: expected at most the image's smaller side, {min(H, W)}, got {inpainter.kernel_size}"
-        )
-    checks.integer("repeats", inpainter.repeats, at_least=1)
-    checks.number("eps", inpainter.eps, at_least=0)
-    name = backends.choose("iio_loss", backend, checks.same_device(image=image, masks=masks))
-    limit = backends.implementation("iio_loss", name).MAX_MASKS
-    if enumerates and limit < K:
-        gibibytes, visits = ((C + 1) * B * H * W * 2.0 ** min(K - shift, 1000) for shift in (28, 0))
-        cost = f"{gibibytes:.3g} GiB in float32, several times over" if name == "reference" else f"{visits:.3g} sums"
-        raise ValueError(
-            f"masks: expected at most {limit} masks for backend {name!r}, got {K}: their 2**{K} subsets would take "
-            f"about {cost}; for iio_loss, subsets= estimates it from some of them"
-        )
-    return name

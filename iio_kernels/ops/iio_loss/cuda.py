@@ -1,19 +1,3 @@
 """Inpainting and the IIO loss on NVIDIA GPUs: csrc/iio_loss.cu."""
 
-from iio_kernels.ops.iio_loss.compiled import (
-    MAX_MASKS,
-    conditional_entropies,
-    conditional_entropies_backward,
-    inpaint,
-    inpaint_backward,
-    loss_and_gradient,
-)
-
-__all__ = [
-    "MAX_MASKS",
-    "conditional_entropies",
-    "conditional_entropies_backward",
-    "inpaint",
-    "inpaint_backward",
-    "loss_and_gradient",
-]
+from iio_kernels.ops.iio_loss.compiled import *  # noqa: F403, all of it is this backend's

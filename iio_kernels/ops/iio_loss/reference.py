@@ -22,52 +22,39 @@ backend offers. Arithmetic is at least float32 whatever the storage type and aut
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.iio_loss.sampling import Draw
+from iio_kernels.ops.iio_loss.common import Draw, Inpainter, without_negligible
 from iio_kernels.runtime.autograd import without_autocast
 from iio_kernels.runtime.numerics import arithmetic_dtype, divide
 
 #: Every subset's planes are held at once here, 2^K of them, so K is limited.
 MAX_MASKS = 12
 
-#: Mask values below this count as 0. A softmax easily leaves a slot 1e-30 everywhere, and gradients divide by such a
-#: mask's sum and by eps times it: 1e28 is within float32's range, 1e38 is not.
-NEGLIGIBLE = 1e-20
+
+def blur(planes: Tensor, inpainter: Inpainter) -> Tensor:
+    """Filter (..., H, W) planes: a separable Gaussian with zero padding `repeats` times, plus the eps term.
+
+    Per plane this is P_H x P_W^T + eps * sum(x), P being the banded matrix of all passes along one axis, so repeats
+    cost nothing. (Two passes of 11 taps are not one of 21: they differ at the borders.) The matrix is symmetric, hence
+    blur is its own transpose.
+    """
+    height, width = planes.shape[-2:]
+    filtered = _passes(height, planes, inpainter) @ planes @ _passes(width, planes, inpainter)
+    return filtered + inpainter.eps * planes.sum((-2, -1), keepdim=True)
 
 
-@dataclass(frozen=True)
-class Inpainter:
-    """The Gaussian inpainter's options, checked: see `iio_kernels.inpaint`."""
-
-    sigma: float
-    kernel_size: int
-    repeats: int
-    eps: float
-
-    def blur(self, planes: Tensor) -> Tensor:
-        """Filter (..., H, W) planes: a separable Gaussian with zero padding `repeats` times, plus the eps term.
-
-        Per plane this is P_H x P_W^T + eps * sum(x), P being the banded matrix of all passes along one axis, so
-        repeats cost nothing. (Two passes of 11 taps are not one of 21: they differ at the borders.) The matrix is
-        symmetric, hence blur is its own transpose.
-        """
-        height, width = planes.shape[-2:]
-        filtered = self._passes(height, planes) @ planes @ self._passes(width, planes)
-        return filtered + self.eps * planes.sum((-2, -1), keepdim=True)
-
-    def _passes(self, length: int, like: Tensor) -> Tensor:
-        """The (length, length) matrix of all passes along one axis, made where it is used: no copy from the host."""
-        position = torch.arange(length, device=like.device, dtype=torch.float64)
-        distance = (position[:, None] - position[None, :]).abs()
-        taps = torch.arange(self.kernel_size, device=like.device, dtype=torch.float64) - self.kernel_size // 2
-        total = torch.exp(-0.5 * (taps / self.sigma) ** 2).sum()
-        one_pass = torch.exp(-0.5 * (distance / self.sigma) ** 2) / total
-        one_pass = one_pass.masked_fill(distance > self.kernel_size // 2, 0)
-        return torch.linalg.matrix_power(one_pass, self.repeats).to(like.dtype)
+def _passes(length: int, like: Tensor, inpainter: Inpainter) -> Tensor:
+    """The (length, length) matrix of all passes along one axis, made where it is used: no copy from the host."""
+    position = torch.arange(length, device=like.device, dtype=torch.float64)
+    distance = (position[:, None] - position[None, :]).abs()
+    radius = inpainter.kernel_size // 2
+    taps = torch.arange(inpainter.kernel_size, device=like.device, dtype=torch.float64) - radius
+    total = torch.exp(-0.5 * (taps / inpainter.sigma) ** 2).sum()
+    one_pass = torch.exp(-0.5 * (distance / inpainter.sigma) ** 2) / total
+    one_pass = one_pass.masked_fill(distance > radius, 0)
+    return torch.linalg.matrix_power(one_pass, inpainter.repeats).to(like.dtype)
 
 
 def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
@@ -151,8 +138,8 @@ def loss_and_gradient(
 
         dr = subsets.sums_with(toward_R)
         dd = subsets.sums_with(toward_D) + (X * dr).sum(2)
-        blurred_dr = inpainter.blur(dr)
-        dm = inpainter.blur(dd) - (X * blurred_dr).sum(2) + (T - entropies) * inverse_norms
+        blurred_dr = blur(dr, inpainter)
+        dm = blur(dd, inpainter) - (X * blurred_dr).sum(2) + (T - entropies) * inverse_norms
         dX = (d.unsqueeze(2) * dr - masks.unsqueeze(2) * blurred_dr).sum(1)
         nothing = dm.new_empty(0)
         return (
@@ -170,13 +157,9 @@ def _read(image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return image.to(dtype), masks + (without_negligible(masks) - masks).detach()
 
 
-def without_negligible(masks: Tensor) -> Tensor:
-    return masks.masked_fill(masks.abs() < NEGLIGIBLE, 0)
-
-
 def _blurred(image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
     """n (B, K, C, H, W) and d (B, K, H, W)."""
-    return inpainter.blur(image.unsqueeze(1) * masks.unsqueeze(2)), inpainter.blur(masks)
+    return blur(image.unsqueeze(1) * masks.unsqueeze(2), inpainter), blur(masks, inpainter)
 
 
 def _residuals(image: Tensor, n: Tensor, d: Tensor, subsets: _Every | _Listed) -> tuple[Tensor, Tensor]:

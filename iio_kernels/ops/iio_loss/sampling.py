@@ -25,11 +25,11 @@ import itertools
 import math
 import operator
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.iio_loss.common import Draw
 from iio_kernels.runtime.torch_private import constant_when_compiled
 
 #: Masks in a draw at most, whichever backend.
@@ -37,14 +37,6 @@ MAX_MASKS = 32
 
 #: Of a size with more pairs than this, as many random ones are looked at.
 CANDIDATES = 1024
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Pairs of sets to visit. `pairs` `(B, P)`, int64: bit i says which of the two holds mask i. `weights` `(P,)`."""
-
-    pairs: Tensor
-    weights: Tensor
 
 
 def least(K: int) -> int:

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iio_kernels.ops.iio_loss.reference import Inpainter
-from iio_kernels.ops.iio_loss.sampling import Draw
+from iio_kernels.ops.iio_loss.common import Draw, Inpainter
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 from iio_kernels.runtime.numerics import arithmetic_dtype
-
-#: Subsets are visited, never held: time is the limit, 2^K a pixel.
-MAX_MASKS = 16
 
 
 def define(namespace: str) -> None:
@@ -28,11 +24,6 @@ def define(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake)
         if not name.endswith("_backward"):
             not_differentiable_by_itself(f"{namespace}::{name}")
-
-
-def arguments(inpainter: Inpainter) -> tuple[float, int, int, float]:
-    """The operators' options."""
-    return inpainter.sigma, inpainter.kernel_size, inpainter.repeats, inpainter.eps
 
 
 def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Callable, ...]:
@@ -52,7 +43,7 @@ def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
         draw: Draw | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each image's loss (B,) and its gradients: see `reference.loss_and_gradient`."""
-        options = *arguments(inpainter), needs_image_gradient, needs_masks_gradient
+        options = *inpainter, needs_image_gradient, needs_masks_gradient
         if draw is None:
             return ops.iio_loss(*inputs(image, masks), *options)
         weights = draw.weights.to(arithmetic_dtype(image, masks))
@@ -60,22 +51,22 @@ def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
 
     def conditional_entropies(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
         """H (B, K, 2^(K-1) - 1): see `reference.conditional_entropies`."""
-        return ops.conditional_entropies(*inputs(image, masks), *arguments(inpainter))
+        return ops.conditional_entropies(*inputs(image, masks), *inpainter)
 
     def conditional_entropies_backward(
         grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter, needs_image_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """The gradients to image and masks from that to H."""
-        options = *arguments(inpainter), needs_image_gradient
+        options = *inpainter, needs_image_gradient
         return ops.conditional_entropies_backward(grad, *inputs(image, masks), *options)
 
     def inpaint(image: Tensor, masks: Tensor, inpainter: Inpainter) -> Tensor:
         """psi (B, M, C, H, W): see `reference.inpaint`."""
-        return ops.inpaint(*inputs(image, masks), *arguments(inpainter))
+        return ops.inpaint(*inputs(image, masks), *inpainter)
 
     def inpaint_backward(grad: Tensor, image: Tensor, masks: Tensor, inpainter: Inpainter) -> tuple[Tensor, Tensor]:
         """The gradients to image and masks from that to psi."""
-        return ops.inpaint_backward(grad, *inputs(image, masks), *arguments(inpainter))
+        return ops.inpaint_backward(grad, *inputs(image, masks), *inpainter)
 
     return loss_and_gradient, conditional_entropies, conditional_entropies_backward, inpaint, inpaint_backward
 
@@ -119,7 +110,7 @@ _LOSS = "bool image_gradient, bool masks_gradient) -> (Tensor losses, Tensor dim
 
 _OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "iio_loss": (f"({_INPUTS}, {_LOSS}", _iio_loss),
-    # pairs (B, P) int64 and weights (P,): see sampling.Draw.
+    # pairs (B, P) int64 and weights (P,): see common.Draw.
     "sampled_iio_loss": (
         f"(Tensor image, Tensor masks, Tensor pairs, Tensor weights, {_OPTIONS}, {_LOSS}",
         _sampled_iio_loss,

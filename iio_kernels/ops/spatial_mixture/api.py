@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iio_kernels.ops.spatial_mixture import reference
+from iio_kernels.ops.spatial_mixture.common import Incoming, Operands, Options
 from iio_kernels.runtime import backends, checks
 from iio_kernels.runtime.autograd import differentiable_once, signature_kept
 from iio_kernels.runtime.docs import documented
@@ -103,7 +104,9 @@ def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backe
     _check(image, decoded, least_slots=2)
     sigma = checks.number("sigma", sigma, above=0)
     name = backends.choose("spatial_mixture", backend, checks.same_device(image=image, decoded=decoded))
-    log_likelihood, masks, posterior, leave_one_out, d_decoded = _mix(image, decoded, sigma, True, name)
+    log_likelihood, masks, posterior, leave_one_out, d_decoded = _mix(
+        Operands(image, decoded), Options(sigma, everything=True), name
+    )
     d_means, d_logits = d_decoded[:, :, :-1], d_decoded[:, :, -1]
     return SpatialMixture(log_likelihood, masks, posterior, leave_one_out, d_decoded, d_means, d_logits)
 
@@ -138,7 +141,7 @@ def mixture_log_likelihood(image: Tensor, decoded: Tensor, *, sigma: float = 0.1
     _check(image, decoded, least_slots=1)
     sigma = checks.number("sigma", sigma, above=0)
     name = backends.choose("spatial_mixture", backend, checks.same_device(image=image, decoded=decoded))
-    return _mix(image, decoded, sigma, False, name)[0]
+    return _mix(Operands(image, decoded), Options(sigma, everything=False), name)[0]
 
 
 @signature_kept
@@ -156,35 +159,36 @@ class MixtureFunction(torch.autograd.Function):
         image: Tensor, decoded: Tensor, sigma: float, everything: bool, backend: str
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         kernels = backends.implementation("spatial_mixture", backend)
-        return kernels.forward(image, decoded, sigma, everything)
+        return kernels.forward(Operands(image, decoded), Options(sigma, everything))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         image, decoded, ctx.sigma, everything, ctx.backend = inputs
-        kept = backends.implementation("spatial_mixture", ctx.backend).KEPT if everything else ()
+        saved = backends.implementation("spatial_mixture", ctx.backend).SAVED if everything else ()
         if everything:
             ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(image, decoded, *(output[i] for i in kept))
+        ctx.save_for_backward(image, decoded, *(output[i] for i in saved))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         kernels = backends.implementation("spatial_mixture", ctx.backend)
-        image, decoded, *kept = ctx.saved_tensors
-        needs_image_gradient = ctx.needs_input_grad[0]
-        d_image, d_decoded = kernels.backward(*incoming[:3], image, decoded, ctx.sigma, needs_image_gradient, *kept)
+        image, decoded, *saved = ctx.saved_tensors
+        operands, needs_image_gradient = Operands(image, decoded), ctx.needs_input_grad[0]
+        d_image, d_decoded = kernels.backward(
+            Incoming(*incoming[:3]), operands, ctx.sigma, needs_image_gradient, *saved
+        )
         return d_image, d_decoded, None, None, None
 
 
-def _mix(*arguments: Any) -> tuple[Any, Any, Any, Any, Any]:
+def _mix(operands: Operands, options: Options, backend: str) -> tuple[Any, Any, Any, Any, Any]:
     """`MixtureFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
-    *others, backend = arguments
     if backend == "reference":
-        log_likelihood, masks, posterior, *constant = reference.forward(*others)
+        log_likelihood, masks, posterior, *constant = reference.forward(operands, options)
         leave_one_out, d_decoded = (None if x is None else x.detach() for x in constant)
         return log_likelihood, masks, posterior, leave_one_out, d_decoded
-    return MixtureFunction.apply(*others, backend)
+    return MixtureFunction.apply(*operands, *options, backend)
 
 
 def _check(image: Tensor, decoded: Tensor, least_slots: int) -> None:

@@ -24,75 +24,70 @@ import math
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.spatial_mixture.common import Incoming, Operands, Options
 from iio_kernels.runtime.autograd import without_autocast
-from iio_kernels.runtime.numerics import arithmetic_dtype
 
 
 def forward(
-    image: Tensor, decoded: Tensor, sigma: float, everything: bool
+    operands: Operands, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """log p (B, H, W), and if `everything` is asked for m, q, log p_{-k} (B, K, H, W) and (d_mu, d_l), as decoded is.
 
     All in the dtype of the arithmetic.
     """
-    with without_autocast(decoded.device):
-        difference, log_m, log_p_k = _mixture(image, decoded, sigma)
+    K, sigma = operands.decoded.shape[1], options.sigma
+    with without_autocast(operands.decoded.device):
+        difference, log_m, log_p_k = _mixture(operands, sigma)
         joint = log_m + log_p_k
         log_p = joint.logsumexp(1)
-        if not everything:
+        if not options.everything:
             return log_p, None, None, None, None
         m, q, r = log_m.exp(), log_p_k.softmax(1), joint.softmax(1)
         leave_one_out = torch.stack(
-            [_without(joint, k).logsumexp(1) - _without(log_m, k).logsumexp(1) for k in range(decoded.shape[1])], 1
+            [_without(joint, k).logsumexp(1) - _without(log_m, k).logsumexp(1) for k in range(K)], 1
         )
         d_mu = -r.unsqueeze(2) * difference / sigma**2
         return log_p, m, q, leave_one_out, torch.cat([d_mu, (m - r).unsqueeze(2)], 2)
 
 
-#: Those of forward's results that backward reads.
-KEPT = ()
+#: Which of forward's results backward reads: none.
+SAVED = ()
 
 
 def backward(
-    g: Tensor | None,
-    dm: Tensor | None,
-    dq: Tensor | None,
-    image: Tensor,
-    decoded: Tensor,
-    sigma: float,
-    needs_image_gradient: bool,
+    incoming: Incoming, operands: Operands, sigma: float, needs_image_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The gradients to image and to decoded, each in its input's dtype, from those to log p, m and q.
+    """The gradients to image and to decoded, each in its input's dtype, from those to log p, g, and to m and q.
 
-    Each of these is None where it was not used. Everything is recomputed, then
+    Everything is recomputed, then
 
-        d_log_p_k  = g r_k + q_k (dq_k - sum_j q_j dq_j)
+        d_log_p_k  = g r_k + q_k (d_q_k - sum_j q_j d_q_j)
         d_mu_{k,c} = d_log_p_k (x_c - mu_{k,c}) / sigma^2,    d_x_c = -sum_k d_mu_{k,c}
-        d_l_k      = g (r_k - m_k) + m_k (dm_k - sum_j m_j dm_j)
+        d_l_k      = g (r_k - m_k) + m_k (d_m_k - sum_j m_j d_m_j)
     """
+    (g, d_m, d_q), (image, decoded) = incoming, operands
     with without_autocast(decoded.device):
-        difference, log_m, log_p_k = _mixture(image, decoded, sigma)
+        difference, log_m, log_p_k = _mixture(operands, sigma)
         m = log_m.exp()
         d_log_p_k = d_l = torch.zeros_like(m)
         if g is not None:
             r = (log_m + log_p_k).softmax(1)
             d_log_p_k, d_l = g.unsqueeze(1) * r, g.unsqueeze(1) * (r - m)
-        if dm is not None:
-            d_l = d_l + m * (dm - (m * dm).sum(1, keepdim=True))
-        if dq is not None:
+        if d_m is not None:
+            d_l = d_l + m * (d_m - (m * d_m).sum(1, keepdim=True))
+        if d_q is not None:
             q = log_p_k.softmax(1)
-            d_log_p_k = d_log_p_k + q * (dq - (q * dq).sum(1, keepdim=True))
+            d_log_p_k = d_log_p_k + q * (d_q - (q * d_q).sum(1, keepdim=True))
         d_mu = d_log_p_k.unsqueeze(2) * difference / sigma**2
         d_image = -d_mu.sum(1).to(image.dtype) if needs_image_gradient else None
         return d_image, torch.cat([d_mu, d_l.unsqueeze(2)], 2).to(decoded.dtype)
 
 
-def _mixture(image: Tensor, decoded: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+def _mixture(operands: Operands, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
     """x - mu (B, K, C, H, W), log m and log p_k (B, K, H, W), in the dtype of the arithmetic."""
-    dtype = arithmetic_dtype(image, decoded)
-    decoded = decoded.to(dtype)
+    image, decoded = (x.to(operands.dtype()) for x in operands)
     mu, l = decoded[:, :, :-1], decoded[:, :, -1]
-    difference = image.to(dtype).unsqueeze(1) - mu
+    difference = image.unsqueeze(1) - mu
     log_normal = -difference.square() / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
     return difference, l.log_softmax(1), log_normal.sum(2)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.spatial_mixture.common import Incoming, Operands, Options
 from iio_kernels.runtime.autograd import not_differentiable_by_itself
 from iio_kernels.runtime.layout import new_like
 from iio_kernels.runtime.numerics import arithmetic_dtype
@@ -36,32 +37,26 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(f"{namespace}::mixture_forward")
 
 
-def calls(namespace: str, inputs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Callable, Callable]:
+def calls(namespace: str, inputs: Callable[[Operands], Operands]) -> tuple[Callable, Callable]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
-    `inputs` makes of image and decoded what that namespace's kernels read.
+    `inputs` makes of the operands what that namespace's kernels read.
     """
     define(namespace)
     ops = getattr(torch.ops, namespace)
 
     def forward(
-        image: Tensor, decoded: Tensor, sigma: float, everything: bool
+        operands: Operands, options: Options
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        log_p, *others = ops.mixture_forward(*inputs(image, decoded), sigma, everything)
-        return (log_p, *others) if everything else (log_p, None, None, None, None)
+        log_p, *others = ops.mixture_forward(*inputs(operands), *options)
+        return (log_p, *others) if options.everything else (log_p, None, None, None, None)
 
     def backward(
-        g: Tensor | None,
-        dm: Tensor | None,
-        dq: Tensor | None,
-        image: Tensor,
-        decoded: Tensor,
-        sigma: float,
-        needs_image_gradient: bool,
-        *kept: Tensor,
+        incoming: Incoming, operands: Operands, sigma: float, needs_image_gradient: bool, *saved: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        arguments = *inputs(image, decoded), sigma, needs_image_gradient, *kept
-        d_image, d_decoded = ops.mixture_backward(g, dm, dq, *arguments)
+        arguments = *inputs(operands), sigma, needs_image_gradient, *saved
+        d_image, d_decoded = ops.mixture_backward(*incoming, *arguments)
+        image, decoded = operands
         return d_image.to(image.dtype) if needs_image_gradient else None, d_decoded.to(decoded.dtype)
 
     return forward, backward

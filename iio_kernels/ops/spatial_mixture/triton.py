@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iio_kernels.ops.spatial_mixture import schema
-from iio_kernels.runtime.numerics import arithmetic_dtype
+from iio_kernels.ops.spatial_mixture.common import Operands
 from iio_kernels.runtime.tiles import axes, decoded_at, dense, evenly_spaced, launch, settings, softmax, split, strides
 from iio_kernels.runtime.triton_support import inlined
 
@@ -83,8 +83,8 @@ def _forward(
 def _backward(
     decoded, x, x_image, x_channel, x_pixel,  # as in `_forward`
     g_in, g_image, _, g_pixel,  # (B, 1, N) and its strides
-    dm_in, dm_image, dm_slot, dm_pixel,  # (B, K, N) and its strides
-    dq_in, dq_image, dq_slot, dq_pixel,  # (B, K, N) and its strides
+    d_m_in, d_m_image, d_m_slot, d_m_pixel,  # (B, K, N) and its strides
+    d_q_in, d_q_image, d_q_slot, d_q_pixel,  # (B, K, N) and its strides
     d_x, d_decoded,  # results: (B, C, N), laid out as decoded is
     precision: tl.float64,
     N, blocks, K: tl.constexpr, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, DTYPE: tl.constexpr,
@@ -106,13 +106,13 @@ def _backward(
         r = softmax(log_p_k + (l - tl.max(l, 0)[None, :]))
         d_log_p_k += g * r
         d_l += g * (r - m)
-    if dm_in is not None:
-        dm = tl.load(dm_in + b * dm_image + (k[:, None] * dm_slot + p[None, :] * dm_pixel), inside, 0)
-        d_l += m * (dm - tl.sum(m * dm, 0)[None, :])
-    if dq_in is not None:
-        dq = tl.load(dq_in + b * dq_image + (k[:, None] * dq_slot + p[None, :] * dq_pixel), inside, 0)
+    if d_m_in is not None:
+        d_m = tl.load(d_m_in + b * d_m_image + (k[:, None] * d_m_slot + p[None, :] * d_m_pixel), inside, 0)
+        d_l += m * (d_m - tl.sum(m * d_m, 0)[None, :])
+    if d_q_in is not None:
+        d_q = tl.load(d_q_in + b * d_q_image + (k[:, None] * d_q_slot + p[None, :] * d_q_pixel), inside, 0)
         q = softmax(log_p_k)
-        d_log_p_k += q * (dq - tl.sum(q * dq, 0)[None, :])
+        d_log_p_k += q * (d_q - tl.sum(q * d_q, 0)[None, :])
 
     d_mu = (d_log_p_k * precision)[:, :, None] * difference
     if d_x is not None:
@@ -155,22 +155,20 @@ def _mixture_backward(
     incoming = d_log_likelihood, d_masks, d_posterior
     d_image, d_decoded = schema.new_gradients(*incoming, image, decoded, sigma, image_gradient)
     g = None if d_log_likelihood is None else d_log_likelihood.unsqueeze(1)
-    x, g, dm, dq = map(evenly_spaced, (image, g, d_masks, d_posterior))
-    how = settings(decoded, d_image.dtype, NUMBERS, x, g, dm, dq)
-    inputs = dense(decoded), x, *strides(x), g, *strides(g), dm, *strides(dm), dq, *strides(dq)
+    x, g, d_m, d_q = map(evenly_spaced, (image, g, d_masks, d_posterior))
+    how = settings(decoded, d_image.dtype, NUMBERS, x, g, d_m, d_q)
+    inputs = dense(decoded), x, *strides(x), g, *strides(g), d_m, *strides(d_m), d_q, *strides(d_q)
     launch(_backward, WARPS, how, *inputs, d_image if image_gradient else None, d_decoded, 1 / sigma**2)
     return d_image, d_decoded
 
 
-def _inputs(image: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+def _inputs(operands: Operands) -> Operands:
     """Both as they are stored; but what meets a float64 becomes one."""
-    if arithmetic_dtype(image, decoded) == torch.float64:
-        return image.double(), decoded.double()
-    return image, decoded
+    return Operands(*(x.double() for x in operands)) if operands.dtype() == torch.float64 else operands
 
 
-#: Nothing that forward returned is read by backward: exponentials take less time than reading what they gave.
-KEPT = ()
+#: Which of forward's results backward reads: none, exponentials take less time than reading what they gave.
+SAVED = ()
 
 forward, backward = schema.calls("iio_kernels_triton", _inputs)
 torch.library.impl("iio_kernels_triton::mixture_forward", ("cpu", "cuda"), _mixture_forward)

@@ -1,25 +1,19 @@
-"""The IIO loss estimated from some subsets: the draw is unbiased and varies little, and every backend sums alike."""
+"""The IIO loss estimated from some subsets: every backend sums alike."""
 
 from __future__ import annotations
-
-import itertools
-import math
 
 import pytest
 import torch
 from conftest import assert_refused, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_iio_loss import DTYPES, NAN, _strided, assert_all_close, compiles, each_dtype, results
-from torch import Tensor
+from marks import DTYPES, compiles, each_dtype
 
 from iio_kernels import iio_loss
-from iio_kernels.ops.iio_loss import reference, sampling
-from iio_kernels.ops.iio_loss.reference import Inpainter
-from iio_kernels.testing.iio_loss import Case, allowed_error
+from iio_kernels.ops.iio_loss import sampling
+from iio_kernels.testing.iio_loss import Case, allowed_error, assert_all_close, results, run_drawn, seeded, strided
 
 OPERATION = "iio_loss"
-CPU = torch.device("cpu")
 NAMESPACES = {
     "cpu": "iio_kernels",
     "cuda": "iio_kernels",
@@ -36,154 +30,18 @@ CASES = (
     Case("no images", B=0, K=20),
 )
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+NAN = float("nan")
 
 
-def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def run(image: Tensor, masks: Tensor, backend: str, incoming: Tensor | None = None, seed: int = 0, **options):
-    """Each image's loss and the gradients to image and masks, for the draw of a seed."""
-    options = {
-        "subsets": max(14, sampling.least(masks.shape[1])),
-        **options,
-        "generator": seeded(seed, image.device),
-        "backend": backend,
-    }
-    return results(iio_loss, image, masks, incoming, reduction="none", **options)
-
-
-def scene(kind: str, K: int, B: int, size: int = 7) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """B times the same image and masks, each of which has a draw of its own."""
-    case = Case("once", B=1, C=1, K=K, H=size, W=size, options={"kernel_size": 5, "sigma": 2.0})
-    (image, masks), options = case.make()
-    if kind == "nearly one-hot":
-        masks = (8 * torch.nn.functional.one_hot(masks.argmax(1), K).movedim(-1, 1) + masks.log()).softmax(1)
-    return image.expand(B, -1, -1, -1), masks.expand(B, -1, -1, -1), options
-
-
-# --- the draw -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("K", "subsets"), [(2, 2), (3, 2), (5, 12), (6, 6), (8, 240), (8, 254), (12, 2000), (24, 256), (32, 32)]
-)
-def test_a_design_is_of_distinct_pairs_with_the_weights_of_their_sizes(K, subsets):
-    words, weights = sampling.design(K, subsets // 2)
-    full = 2**K - 1
-    assert len(words) == subsets // 2
-    assert len({min(word, full - word) for word in words}) == len(words)
-    for size in range(1, K // 2 + 1):
-        own = [weight for word, weight in zip(words, weights, strict=True) if word.bit_count() == size]
-        assert sum(own) == pytest.approx(math.comb(K, size) / (1 + (2 * size == K)))
-        assert len(set(own)) == 1
-
-
-@pytest.mark.parametrize(("K", "subsets"), [(3, 2), (4, 4), (4, 8), (5, 8), (6, 6), (6, 20)])
-def test_every_subset_has_the_expected_weight_1(K, subsets):
-    """Exactly: over all K! orders, each of which is equally likely."""
-    words, weights = sampling.design(K, subsets // 2)
-    orders = torch.tensor(list(itertools.permutations(range(K))))
-    pairs = sampling.renamed(torch.tensor(words), orders)
-    sets = torch.cat([pairs, 2**K - 1 - pairs], 1)
-    expected = torch.zeros(2**K, dtype=torch.float64)
-    expected.index_put_((sets,), torch.tensor(weights, dtype=torch.float64).repeat(2) / len(orders), accumulate=True)
-    torch.testing.assert_close(expected[1:-1], torch.ones(2**K - 2, dtype=torch.float64))
-    assert expected[0] == expected[-1] == 0
-
-
-def test_every_order_of_the_masks_is_equally_likely():
-    """The word with mask 0 in one set, 1 and 2 in another, and so on tells the order; chi-square, 23 degrees."""
-    words, B = torch.tensor([1, 2, 4]), 24_000
-    names = torch.empty(B, 4, dtype=torch.float64).uniform_(generator=seeded()).argsort(1)
-    _, counts = sampling.renamed(words, names).unique(dim=0, return_counts=True)
-    assert len(counts) == 24
-    assert ((counts - B / 24) ** 2 / (B / 24)).sum() < 60
-    draw = sampling.draw(B, 4, 4, CPU, seeded())
-    _, counts = draw.pairs.unique(dim=0, return_counts=True)
-    assert counts.max() < 1.2 * counts.min()
-
-
-def test_images_have_draws_of_their_own_that_a_generator_repeats(any_device):
-    device = torch.device(any_device)
-    first, again = (sampling.draw(9, 20, 64, device, seeded(3, any_device)) for _ in range(2))
-    assert torch.equal(first.pairs, again.pairs)
-    assert first.pairs.shape == (9, 32)
-    assert len(first.pairs.unique(dim=0)) == 9
-    generator = seeded(3, any_device)
-    assert torch.equal(sampling.draw(9, 20, 64, device, generator).pairs, first.pairs)
-    assert not torch.equal(sampling.draw(9, 20, 64, device, generator).pairs, first.pairs)
-    torch.manual_seed(5)
-    default = sampling.draw(9, 20, 64, device)
-    torch.manual_seed(5)
-    assert torch.equal(sampling.draw(9, 20, 64, device).pairs, default.pairs)
-
-
-# --- the estimate ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["soft", "nearly one-hot"])
-def test_the_mean_over_draws_is_the_loss_and_its_gradient(kind):
-    """Within the standard error, each of the gradients' elements, too."""
-    image, masks, options = scene(kind, K=8, B=3000)
-    exact = results(iio_loss, image[:1], masks[:1], torch.ones(1, dtype=image.dtype), reduction="none", **options)
-    ones = torch.ones(3000, dtype=image.dtype)
-    for estimate, expected in zip(run(image, masks, "reference", ones, subsets=24, **options), exact, strict=True):
-        error = estimate.std(0, keepdim=True) / len(ones) ** 0.5
-        assert (error > 0).any()
-        z = (estimate.mean(0, keepdim=True) - expected) / (error + 1e-12 * expected.abs().max())
-        assert z.abs().max() < 5
-        assert z.square().mean() < 2.5
-
-
-@pytest.mark.parametrize("kind", ["soft", "nearly one-hot"])
-@pytest.mark.parametrize("subsets", [16, 32, 48])
-def test_variance_is_below_half_of_that_of_plain_sampling(kind, subsets):
-    """Against as many of the 62 sets, drawn uniformly and independently, whose variance can be told exactly."""
-    K, B = 6, 1000
-    image, masks, options = scene(kind, K, B)
-    inpainter = Inpainter(repeats=2, eps=1e-8, **options)
-    leaf = masks[:1].clone().requires_grad_()
-    g = leaf / leaf.sum((-2, -1), keepdim=True)
-    every = reference._Every(K)
-    e = reference._errors(image[:1], leaf, inpainter, every)
-    losses = -(every.sums_outside(g) * e).sum((2, 3))[0, 1:-1]
-    gradients = torch.stack([torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten() for loss in losses])
-    loss, _, dmasks = run(image, masks, "reference", torch.ones(B, dtype=image.dtype), subsets=subsets, **options)
-    for one, estimates in ((losses.detach()[:, None], loss[:, None]), (gradients, dmasks.flatten(1))):
-        plain = len(one) ** 2 / subsets * one.var(0, correction=0).sum()
-        assert estimates.var(0).sum() < 0.5 * plain
-
-
-@pytest.mark.parametrize("K", [2, 3, 5])
-@pytest.mark.parametrize("more", [0, 1, 1000])
-def test_all_subsets_are_the_exact_loss(K, more, backend, device):
-    (image, masks), _ = Case("all", K=K).make(device=device)
-    expected = results(iio_loss, image, masks, reduction="none", backend=backend)
-    assert_all_close(run(image, masks, backend, subsets=2**K - 2 + more), expected)
-
-
-def test_terms_and_reductions(backend, device):
-    (image, masks), _ = Case("reduced", B=3, K=20).make(device=device)
-
-    def loss(**options):
-        return iio_loss(image, masks, subsets=24, generator=seeded(0, device), backend=backend, **options)
-
-    losses = loss(reduction="none")
-    assert losses.shape == (3,)
-    torch.testing.assert_close(loss(), losses.mean())
-    torch.testing.assert_close(loss(reduction="sum"), losses.sum())
-    torch.testing.assert_close(loss(terms="mean"), losses.mean() / (2**19 - 1))
-    assert -20 <= loss(terms="mean") <= 0
-
-
-# --- the kernels ----------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------
 
 
 @named
 def test_kernels_equal_the_formula(case, backend, device):
     tensors, options = case.make(device=device)
-    assert_all_close(run(*tensors, backend, **options), run(*tensors, "reference", **options), relative=1e-9)
+    assert_all_close(
+        run_drawn(*tensors, backend, **options), run_drawn(*tensors, "reference", **options), relative=1e-9
+    )
 
 
 @named
@@ -191,9 +49,9 @@ def test_kernels_equal_the_formula(case, backend, device):
 def test_error_is_within_budget(case, dtype, backend, device):
     (image, masks), options = case.make(dtype, device)
     options |= {"terms": "mean"}  # gradients of their sum are beyond float16
-    got = run(image, masks, backend, **options)
-    eager = run(image.float(), masks.float(), "reference", **options)
-    truth = run(image.double(), masks.double(), "reference", **options)
+    got = run_drawn(image, masks, backend, **options)
+    eager = run_drawn(image.float(), masks.float(), "reference", **options)
+    truth = run_drawn(image.double(), masks.double(), "reference", **options)
     for name, x, plain, exact in zip(("loss", "dimage", "dmasks"), got, eager, truth, strict=True):
         assert x.dtype == (torch.float32 if name == "loss" else dtype)
         assert x.shape == exact.shape
@@ -204,7 +62,7 @@ def test_error_is_within_budget(case, dtype, backend, device):
 @pytest.mark.parametrize("wanted", ["image", "masks", "none"])
 def test_gradients_that_are_not_wanted(wanted, backend, device):
     (image, masks), _ = Case("one", K=9).make(device=device)
-    loss, dimage, dmasks = run(image, masks, backend, torch.ones(2, dtype=image.dtype, device=device))
+    loss, dimage, dmasks = run_drawn(image, masks, backend, torch.ones(2, dtype=image.dtype, device=device))
     leaf = image.requires_grad_() if wanted == "image" else masks.requires_grad_(wanted == "masks")
     options = {"subsets": 14, "generator": seeded(0, device), "backend": backend}
     got = iio_loss(image, masks, reduction="sum", **options)
@@ -266,9 +124,9 @@ def test_compiles_as_one_graph(dynamic, backend, device):
 @pytest.mark.parametrize("how", ["transposed", "channels last", "sliced", "expanded"])
 def test_strided_inputs(how, backend, device):
     (image, masks), _ = Case("strided", B=3, K=9).make(device=device)
-    views = [_strided(x, how).detach() for x in (image, masks)]
+    views = [strided(x, how).detach() for x in (image, masks)]
     assert not any(x.is_contiguous() for x in views)
-    expected = run(*(x.clone(memory_format=torch.contiguous_format) for x in views), backend)
+    expected = run_drawn(*(x.clone(memory_format=torch.contiguous_format) for x in views), backend)
     leaves = [x.requires_grad_() for x in views]
     options = {"subsets": 14, "generator": seeded(0, device), "reduction": "none", "backend": backend}
     losses = iio_loss(*leaves, **options)
@@ -280,24 +138,26 @@ def test_strided_incoming_gradients(backend, device):
     (image, masks), _ = Case("strided", B=3, K=6).make(device=device)
     values = torch.tensor([0.5, NAN, -1.0, NAN, 2.0, NAN], dtype=image.dtype, device=device)
     for incoming in (values[::2], values[0].expand(3)):
-        assert_all_close(run(image, masks, backend, incoming), run(image, masks, backend, incoming.contiguous()))
+        assert_all_close(
+            run_drawn(image, masks, backend, incoming), run_drawn(image, masks, backend, incoming.contiguous())
+        )
 
 
 def test_bitwise_repeatable_and_inputs_left_alone(backend, device):
     tensors, _ = Case("repeated", K=20).make(torch.float32, device)
     before = [x.clone() for x in tensors]
-    assert all(map(torch.equal, run(*tensors, backend), run(*tensors, backend)))
+    assert all(map(torch.equal, run_drawn(*tensors, backend), run_drawn(*tensors, backend)))
     assert all(map(torch.equal, tensors, before))
-    assert not torch.equal(run(*tensors, backend)[0], run(*tensors, backend, seed=1)[0])
+    assert not torch.equal(run_drawn(*tensors, backend)[0], run_drawn(*tensors, backend, seed=1)[0])
 
 
 @pytest.mark.parametrize("place", ["image", "masks"])
 def test_nan_goes_into_loss_and_gradients_of_its_image_alone(place, backend, device):
     (image, masks), _ = Case("nan", B=3, K=9).make(device=device)
-    clean = run(image, masks, backend)
+    clean = run_drawn(image, masks, backend)
     poisoned = {"image": image.clone(), "masks": masks.clone()}
     poisoned[place][1, 1, 5, 6] = NAN
-    got = run(poisoned["image"], poisoned["masks"], backend)
+    got = run_drawn(poisoned["image"], poisoned["masks"], backend)
     assert got[0][1].isnan()
     assert got[1][1, 1].isnan().all()
     assert got[2][1].isnan().all()
@@ -309,7 +169,7 @@ def test_nan_goes_into_loss_and_gradients_of_its_image_alone(place, backend, dev
 def test_nan_in_either_set_of_a_pair(mask, backend, device):
     (image, masks), _ = Case("nan", K=2).make(device=device)
     masks[:, mask, 5, 6] = NAN
-    for x in run(image, masks, backend):
+    for x in run_drawn(image, masks, backend):
         assert x.isnan().all()
 
 
@@ -320,10 +180,10 @@ def test_empty_masks(eps, backend, device):
     masks[:, 3:] = 0
     masks[:, 0] += 1 - masks.sum(1)
     options = {"eps": eps, "kernel_size": 5}
-    got, expected = run(image, masks, backend, **options), run(image, masks, "reference", **options)
+    got, expected = run_drawn(image, masks, backend, **options), run_drawn(image, masks, "reference", **options)
     assert all(x.isfinite().all() for x in got)
     assert_all_close(got, expected, relative=1e-9)
-    for x in run(image, torch.zeros_like(masks), backend, **options):
+    for x in run_drawn(image, torch.zeros_like(masks), backend, **options):
         assert (x == 0).all()
 
 
@@ -335,7 +195,7 @@ def test_autocast_leaves_the_arithmetic_alone(backend, device):
         with torch.autocast(device, dtype=torch.bfloat16):
             return iio_loss(image, masks, generator=seeded(0, device), **options)
 
-    assert all(map(torch.equal, results(loss, *tensors), run(*tensors, backend)))
+    assert all(map(torch.equal, results(loss, *tensors), run_drawn(*tensors, backend)))
 
 
 def test_a_draw_in_inference_mode_leaves_training_alone(backend, device):
@@ -363,8 +223,8 @@ def check_any_shape(backend, device, interpreted, B, C, K, H, W, more, dtype):
         K, more = min(K, 7), more % 8
     tensors, _ = Case("any", B, C, K, H, W).make(dtype, device)
     options = {"subsets": sampling.least(K) + more, "kernel_size": 3, "sigma": 1.0}
-    got = run(*tensors, backend, **options)
-    exact = run(*(x.double() for x in tensors), "reference", **options)
+    got = run_drawn(*tensors, backend, **options)
+    exact = run_drawn(*(x.double() for x in tensors), "reference", **options)
     assert [x.shape for x in got] == [x.shape for x in exact]
     assert [x.dtype for x in got[1:]] == [dtype, dtype]
     if dtype == torch.float64:
@@ -377,7 +237,7 @@ def test_any_shape(backend, device, interpreted):
     check_any_shape(backend, device, interpreted)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
