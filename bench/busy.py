@@ -27,16 +27,24 @@ SECONDS = 6.0  # of each measurement, after a warm-up
 
 def measure() -> None:
     """In a process of its own: print seconds of a step alone and beside other programs, and how many threads."""
-    import train  # before torch, as where it is the program
+    import training  # noqa: F401, before torch, as where it is the program
     import torch  # isort: skip
 
-    train.keep_freed_memory()
-    config = train.resolve(train.Config(preset="quick", device="cpu", num_scenes=64, eval_scenes=1))
-    source = train.open_scenes(config)
-    model = train.build_model(config, source.size)
-    step = train.Step(model, train.build_optimizer(model, config), "pre-training", config)
+    from training.building import build_model, build_optimizer
+    from training.config import Config
+    from training.memory import keep_freed_memory
+    from training.random_numbers import draw_noise
+    from training.resolve import resolve
+    from training.scenes import open_scenes
+    from training.step import Batch, Step
+
+    keep_freed_memory()
+    config = resolve(Config(preset="quick", device="cpu", num_scenes=64, eval_scenes=1))
+    source = open_scenes(config)
+    model = build_model(config, source.size)
+    step = Step(model, build_optimizer(model, config), "pre-training", config)
     pixels, _ = source.batch(torch.arange(config.batch_size))
-    batch = train.Batch(pixels, train.draw_noise(config, config.batch_size, model.noise_shape, 0), None)
+    batch = Batch(pixels, draw_noise(config, config.batch_size, model.noise_shape, 0), None)
 
     def seconds_per_step() -> float:
         step(batch, 1e-3)
@@ -73,10 +81,11 @@ def main() -> None:
         print(f"{name:16} {row['threads']} threads: {1e3 * row['alone']:6.1f} ms alone, {1e3 * row['beside']:6.1f} ms "
               f"beside {PROGRAMS} busy programs, {row['beside'] / row['alone']:.1f} times", flush=True)  # fmt: skip
     if file is not None:
-        import train
+        from training.files import write
+        from training.versions import versions
 
-        about = {"programs": PROGRAMS, "cores": os.cpu_count(), "versions": train.versions()}
-        train.write(file, json.dumps({"seconds": rows, **about}, indent=2) + "\n")
+        about = {"programs": PROGRAMS, "cores": os.cpu_count(), "versions": versions()}
+        write(file, json.dumps({"seconds": rows, **about}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

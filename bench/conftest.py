@@ -22,7 +22,7 @@ import torch
 import iio_kernels
 
 if not torch.cuda.is_available():
-    from train import keep_freed_memory
+    from training.memory import keep_freed_memory
 
     keep_freed_memory()
 

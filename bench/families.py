@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import train
 from iio_kernels import accelerate, restore
 from iio_kernels.acceleration.replacement.call import Call, arranged
 from iio_kernels.testing.families import FAMILIES, OUTSIDE
 from iio_kernels.testing.families.family import Family
+from training.files import write
+from training.memory import keep_freed_memory
+from training.versions import versions
 
 ROUNDS = 5
 
@@ -106,16 +108,16 @@ def main() -> None:
     unknown = set(options.names) - set(FAMILIES | OUTSIDE)
     if unknown:
         parser.error(f"NAME: expected one of {', '.join(FAMILIES | OUTSIDE)}, got {', '.join(sorted(unknown))}")
-    train.keep_freed_memory()
+    keep_freed_memory()
     rows = {}
-    about = train.versions() | {"cpu": cpuinfo.get_cpu_info()["brand_raw"]}
+    about = versions() | {"cpu": cpuinfo.get_cpu_info()["brand_raw"]}
     for name, family in (FAMILIES | OUTSIDE).items():
         if not options.names or name in options.names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows[name] = measure(family)
             gc.collect()
             if options.json:
-                train.write(options.json, json.dumps({"rows": rows, "about": about}, indent=2) + "\n")
+                write(options.json, json.dumps({"rows": rows, "about": about}, indent=2) + "\n")
     print(markdown(rows), end="")
 
 

@@ -20,10 +20,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import train
 from bench.runs import usage
 from data import TetrominoesGenerator
 from models import iem
+from training.files import write
+from training.versions import versions
 
 SIZE = 128
 PHOTOGRAPHS = {
@@ -90,7 +91,7 @@ def main(out: Path) -> None:
         rows[name] = {"iou": found.mean().item(), "at_least_0.9": (found >= 0.9).double().mean().item(),
                       "square_iou": square.mean().item(), "cpu_seconds_an_image": round(seconds, 3)}  # fmt: skip
         print(f"{name}: IoU {rows[name]['iou']:.2f}, of the square {rows[name]['square_iou']:.2f}", flush=True)
-    train.write(out / "iem.json", json.dumps({"rows": rows, "versions": train.versions()}, indent=2) + "\n")
+    write(out / "iem.json", json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
     if photos:
         images = torch.stack(list(photos.values()))
         colors = torch.from_numpy(iem.COLORS) / 255
@@ -100,7 +101,7 @@ def main(out: Path) -> None:
         sheet = torch.cat([torch.cat(list(row), 2) for row in rows_of_picture], 1)
         picture = io.BytesIO()
         Image.fromarray((sheet * 255).byte().permute(1, 2, 0).numpy()).save(picture, "png")
-        train.write(out / "photographs.png", picture.getvalue())
+        write(out / "photographs.png", picture.getvalue())
 
 
 if __name__ == "__main__":

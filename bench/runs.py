@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import train
+from training.config import option
+from training.files import write
+from training.tables import markdown
 
 
 def usage(words: str) -> None:
@@ -32,7 +34,7 @@ def train_once(folder: Path, *options: str) -> None:
     if summary_of(folder) is not None:
         return
     arguments = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else [*options, "--out", str(folder)]
-    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=Path(train.__file__).parent)
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=Path(__file__).parents[1])
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -43,7 +45,7 @@ def compare(out: Path, table: str, variants: dict[str, dict[str, float | str]], 
     TABLE.json and TABLE.md hold those that are finished, anew after each.
     """
     for name, changed in variants.items():
-        differing = [part for key, value in changed.items() for part in (train.option(key), str(value))]
+        differing = [part for key, value in changed.items() for part in (option(key), str(value))]
         train_once(folder_of(out, name), *options, *differing)
         summaries = {name: summary_of(folder_of(out, name)) for name in variants}
         summaries = {name: summary for name, summary in summaries.items() if summary is not None}
@@ -52,5 +54,5 @@ def compare(out: Path, table: str, variants: dict[str, dict[str, float | str]], 
         rows |= {name: summary[phase] for name, summary in summaries.items()}
         config = {key: value for key, value in first["config"].items() if key not in ("out", "from_")}
         about = {"options": options, "versions": first["versions"], "config of the first": config}
-        train.write(out / f"{table}.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
-        train.write(out / f"{table}.md", train.markdown(rows))
+        write(out / f"{table}.json", json.dumps({"rows": rows, **about}, indent=2) + "\n")
+        write(out / f"{table}.md", markdown(rows))

@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import train
 from bench.runs import folder_of, summary_of, train_once, usage
+from training.config import Config
+from training.files import write
+from training.schedule import phase_steps
+from training.tables import PERCENT
 
 SETS = "--task set-prediction --dataset clevr-like"
 
@@ -61,12 +64,12 @@ def summarise(out: Path) -> None:
                 "untrained": untrained["before"],
                 "trained": trained["before"],
                 "minutes": round(trained["seconds"] / 60, 1),
-                "steps": train.phase_steps(train.Config(**config)),
+                "steps": phase_steps(Config(**config)),
                 "config": config,
                 "versions": trained["versions"],
             }
-    train.write(out / "systems.json", json.dumps({"rows": rows}, indent=2) + "\n")
-    train.write(out / "systems.md", markdown(rows))
+    write(out / "systems.json", json.dumps({"rows": rows}, indent=2) + "\n")
+    write(out / "systems.md", markdown(rows))
 
 
 def markdown(rows: dict[str, dict]) -> str:
@@ -77,7 +80,7 @@ def markdown(rows: dict[str, dict]) -> str:
         trained = f"{100 * row['trained'][key]:.1f} ± {100 * row['trained'][f'{key}_std']:.1f}"
         steps = " + ".join(f"{number:,}" for number in row["steps"].values() if number)
         lines.append(
-            f"| {name}: {train.PERCENT[key]} | {published} | {100 * row['untrained'][key]:.1f} | "
+            f"| {name}: {PERCENT[key]} | {published} | {100 * row['untrained'][key]:.1f} | "
             f"{trained} | {steps} of {row['config']['batch_size']}, {row['minutes']} | "
             f"`{row['command']}` |"
         )

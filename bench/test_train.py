@@ -13,7 +13,14 @@ import torch
 
 from tests import plain
 
-train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
+pytest.importorskip("training.run", reason="train.py needs what the extra 'train' installs")
+from training.building import build_model, build_optimizer
+from training.config import Config
+from training.devices import multiplies_bfloat16
+from training.random_numbers import draw_noise
+from training.resolve import resolve
+from training.scenes import Order, open_scenes
+from training.step import Batch, Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOY = os.environ.get("IIO_KERNELS_BENCH_SIZES") == "toy"
@@ -25,23 +32,23 @@ PHASES = ("pre-training", "fine-tuning")
 def test_train(race, machine, device, phase, contender):
     options = {"batch_size": 4, "channels": 8, "kernel_size": 3} if TOY else {}
     precision = "bf16" if contender.endswith("bf16") else "fp32"
-    if precision == "bf16" and not train.multiplies_bfloat16(torch.device(device)):
+    if precision == "bf16" and not multiplies_bfloat16(torch.device(device)):
         pytest.skip("this machine has no bfloat16 arithmetic")
     # The race captures all contenders alike.
-    config = train.resolve(
-        train.Config(
+    config = resolve(
+        Config(
             preset="paper", device=device, precision=precision, fine_tune="iio", num_scenes=1000, cuda_graph=False,
             **options,
         )
     )  # fmt: skip
-    source = train.open_scenes(config)
-    model = train.build_model(config, source.size)
-    pixels, _ = source.batch(train.Order(config)(0))
-    noise = train.draw_noise(config, config.batch_size, model.noise_shape, 0)
+    source = open_scenes(config)
+    model = build_model(config, source.size)
+    pixels, _ = source.batch(Order(config)(0))
+    noise = draw_noise(config, config.batch_size, model.noise_shape, 0)
     if contender.startswith("ours"):
-        step = train.Step(model, train.build_optimizer(model, config), phase, config)
+        step = Step(model, build_optimizer(model, config), phase, config)
         race(
-            [lambda: step(train.Batch(pixels, noise, None), 1e-4)],
+            [lambda: step(Batch(pixels, noise, None), 1e-4)],
             group=group(config, phase),
             name=contender,
             floor=floor(config, machine),
@@ -62,11 +69,11 @@ def test_train(race, machine, device, phase, contender):
     race([run], group=group(config, phase), name=contender, floor=floor(config, machine))
 
 
-def group(config: train.Config, phase: str) -> str:
+def group(config: Config, phase: str) -> str:
     return f"train, {phase}, B{config.batch_size} {config.channels} channels {config.kernel_size}x{config.kernel_size}"
 
 
-def floor(config: train.Config, machine: dict[str, float]) -> float:
+def floor(config: Config, machine: dict[str, float]) -> float:
     """Seconds for the products of the convolutions that are left, three times each, at a matrix product's rate."""
     images, slots, k2 = config.batch_size, config.batch_size * config.num_slots, config.kernel_size**2
     c = config.channels

@@ -246,29 +246,36 @@ def test_memory_of_the_loss_is_that_of_a_few_inputs():
 )
 def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer):
     """From the first step on and from a resumed optimizer, without waiting for the device."""
-    train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
+    pytest.importorskip("training.run", reason="train.py needs what the extra 'train' installs")
+    from training.building import build_model, build_optimizer
+    from training.config import Config
+    from training.random_numbers import draw_noise
+    from training.resolve import resolve
+    from training.scenes import Order, open_scenes
+    from training.step import Batch, Step
+
     options = dict(preset="smoke", device="cuda", precision=precision, optimizer=optimizer, fine_tune="iio")
-    config = train.resolve(train.Config(**options))
-    source = train.open_scenes(config)
-    order = train.Order(config)
+    config = resolve(Config(**options))
+    source = open_scenes(config)
+    order = Order(config)
     ends, states = [], []
     for captured in (False, True):
         own = dataclasses.replace(config, cuda_graph=captured)
-        model = train.build_model(own, source.size)
-        optimizer = train.build_optimizer(model, own)
+        model = build_model(own, source.size)
+        optimizer = build_optimizer(model, own)
         for resumed in (False, True):
             if resumed:
                 state = optimizer.state_dict()
-                optimizer = train.build_optimizer(model, own)
+                optimizer = build_optimizer(model, own)
                 optimizer.load_state_dict(copy.deepcopy(state))
-            step = train.Step(model, optimizer, phase, own)
+            step = Step(model, optimizer, phase, own)
             for i in range(4):
                 pixels, _ = source.batch(order(i), "cuda")
-                noise = train.draw_noise(own, own.batch_size, model.noise_shape, i)
+                noise = draw_noise(own, own.batch_size, model.noise_shape, i)
                 mode = torch.cuda.get_sync_debug_mode()
                 torch.cuda.set_sync_debug_mode("error" if i > 0 else mode)  # compiling and capturing may wait
                 try:
-                    step(train.Batch(pixels, noise, None), 1e-3 / (i + 1))
+                    step(Batch(pixels, noise, None), 1e-3 / (i + 1))
                 finally:
                     torch.cuda.set_sync_debug_mode(mode)
             assert (step.graph is not None) == captured
@@ -282,15 +289,22 @@ def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer
 
 
 def test_a_captured_step_notices_what_is_no_number():
-    train = pytest.importorskip("train", reason="train.py needs what the extra 'train' installs")
-    config = train.resolve(train.Config(preset="smoke", device="cuda", optimizer="adam", clip=0.0))
-    source = train.open_scenes(config)
-    model = train.build_model(config, source.size)
-    step = train.Step(model, train.build_optimizer(model, config), "pre-training", config, 10)
-    pixels, _ = source.batch(train.Order(config)(0), "cuda")
-    noise = train.draw_noise(config, config.batch_size, model.noise_shape, 0)
+    pytest.importorskip("training.run", reason="train.py needs what the extra 'train' installs")
+    from training.building import build_model, build_optimizer
+    from training.config import Config
+    from training.random_numbers import draw_noise
+    from training.resolve import resolve
+    from training.scenes import Order, open_scenes
+    from training.step import Batch, Step
+
+    config = resolve(Config(preset="smoke", device="cuda", optimizer="adam", clip=0.0))
+    source = open_scenes(config)
+    model = build_model(config, source.size)
+    step = Step(model, build_optimizer(model, config), "pre-training", config, 10)
+    pixels, _ = source.batch(Order(config)(0), "cuda")
+    noise = draw_noise(config, config.batch_size, model.noise_shape, 0)
     for i in range(4):
-        step(train.Batch(pixels, noise, None), 1e-3)
+        step(Batch(pixels, noise, None), 1e-3)
         if i == 1:
             noise = noise * float("nan")
     assert int(step.bad) == 12

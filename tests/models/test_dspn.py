@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train
 from data.metrics import average_precision
 from models.dspn import DSPN, FSPool, ImageEncoder, SetEncoder, representation_loss
 from models.set_prediction import set_loss
+from training.config import Config
+from training.losses import apply_model, losses
 
 
 def small(**options):
@@ -158,25 +159,25 @@ def test_the_descent_is_float32_under_autocast():
 
 def test_scoring_leaves_the_averages_of_training_alone():
     model, pixels = small(), torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
-    config, first = train.Config(precision="fp32"), copy.deepcopy(model.state_dict())
+    config, first = Config(precision="fp32"), copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        scored, _ = train.apply_model(model, pixels, torch.empty(3, 0), config)
+        scored, _ = apply_model(model, pixels, torch.empty(3, 0), config)
     torch.testing.assert_close(model.state_dict(), first, rtol=0, atol=0)
     assert torch.equal(scored, model.eval()(pixels / 255 * 2 - 1))
-    train.apply_model(model, pixels, torch.empty(3, 0), config)
+    apply_model(model, pixels, torch.empty(3, 0), config)
     mean = "image_encoder.0.1.running_mean"
     assert not torch.equal(model.state_dict()[mean], first[mean])
 
 
 def test_what_training_minimises_reaches_every_parameter():
     """The set loss, as the mean over its pairs, and a tenth of the true set's representation loss; up to a factor."""
-    config = train.Config(task="set-prediction", model="dspn")
+    config = Config(task="set-prediction", model="dspn")
     model, image, objects = small(), torch.rand(6, 3, 16, 16), torch.rand(6, 4, 19)
     made = model(image, objects=objects)
     predicted, representation = made
     expected = representation_loss(model.set_encoder(objects), model.image_encoder(image)).mean()
     torch.testing.assert_close(representation, expected)
-    loss, parts = train.losses(made, image, "pre-training", config, objects)
+    loss, parts = losses(made, image, "pre-training", config, objects)
     torch.testing.assert_close(loss / 4, set_loss(predicted, objects) / 4 + 0.1 * representation)
     torch.testing.assert_close(parts["loss"], set_loss(predicted, objects).detach())
     loss.backward()

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from models.initial_weights import LAYERS, RULES
+from training.building import build_model
+from training.config import Config
+from training.resolve import resolve
 
 
 class Model(nn.Module):
@@ -74,12 +76,12 @@ def test_recurrent_weights_of_keras_are_orthogonal():
 )
 def test_the_paper_preset_draws_weights_as_the_program_does(model, rule):
     options = dict(model=model, device="cpu", channels=2, num_slots=2, slot_size=4)
-    config = train.resolve(train.Config(preset="paper", **options))
+    config = resolve(Config(preset="paper", **options))
     assert config.initial_weights == rule
-    built = train.build_model(config, (32, 32))
+    built = build_model(config, (32, 32))
     biases = [layer.bias for layer in built.modules() if isinstance(layer, LAYERS) and layer.bias is not None]
     assert len(biases) > 5
     assert not any(bias.any() for bias in biases)
     # Others draw as models/ has it, as before: their figures' seeds stay.
-    plain = train.build_model(train.resolve(train.Config(preset="smoke", **options)), (32, 32))
+    plain = build_model(resolve(Config(preset="smoke", **options)), (32, 32))
     assert any(layer.bias.any() for layer in plain.modules() if isinstance(layer, nn.Linear) and layer.bias is not None)

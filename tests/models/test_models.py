@@ -8,9 +8,13 @@ import plain
 import pytest
 import torch
 
-import train
 from bench import ablations, runs, systems
 from models.slot_attention import ABLATIONS, SlotAttentionAutoEncoder
+from training.building import build_model
+from training.config import Config, to_json
+from training.evaluation import SCORES
+from training.losses import losses
+from training.resolve import resolve
 
 
 def shapes(module):
@@ -159,11 +163,11 @@ def test_bfloat16_autocast_keeps_the_masks_in_float32(model):
 def test_a_training_step_is_that_of_the_plain_model(phase):
     """Loss and gradients to all weights, of the whole model, against the same written out without kernels."""
     torch.manual_seed(0)
-    config = train.resolve(train.Config(preset="smoke", device="cpu", precision="fp32"))
-    model = train.build_model(config, (35, 35)).double()
+    config = resolve(Config(preset="smoke", device="cpu", precision="fp32"))
+    model = build_model(config, (35, 35)).double()
     image = torch.rand(3, 3, 35, 35, dtype=torch.float64)
     noise = torch.randn(3, 4, 64, dtype=torch.float64)
-    ours, _ = train.losses(model(image * 2 - 1, noise=noise), image, phase, config)
+    ours, _ = losses(model(image * 2 - 1, noise=noise), image, phase, config)
     expected = plain.loss(model, image, noise, phase)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
     leaves = list(model.parameters())
@@ -213,7 +217,7 @@ def test_soft_k_means_learns_encoder_decoder_and_where_slots_begin():
 
 def test_the_table_of_ablations(tmp_path, monkeypatch):
     """Each is trained once, by options that train.py has, in a folder of its own; what is finished is in the table."""
-    fields = set(train.Config.__dataclass_fields__)
+    fields = set(Config.__dataclass_fields__)
     assert all(fields >= changed.keys() for changed in ablations.VARIANTS.values())
     calls = []
 
@@ -221,7 +225,7 @@ def test_the_table_of_ablations(tmp_path, monkeypatch):
         calls.append(command)
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir(parents=True)
-        scored = {f"{key}{std}": 0.5 for key in train.SCORES["discovery"] for std in ("", "_std")}
+        scored = {f"{key}{std}": 0.5 for key in SCORES["discovery"] for std in ("", "_std")}
         (folder / "summary.json").write_text(json.dumps({"before": scored, "versions": {}, "config": {"out": "x"}}))
         return subprocess.CompletedProcess(command, 0)
 
@@ -240,8 +244,8 @@ def test_the_table_of_ablations(tmp_path, monkeypatch):
 
 def test_the_table_of_systems_has_runs_that_count_epochs(tmp_path):
     """The paper's preset does, on a GPU."""
-    scored = {f"{key}{std}": 0.5 for key in train.SCORES["discovery"] for std in ("", "_std")}
-    config = train.to_json(train.resolve(train.Config(preset="paper", device="cpu")))
+    scored = {f"{key}{std}": 0.5 for key in SCORES["discovery"] for std in ("", "_std")}
+    config = to_json(resolve(Config(preset="paper", device="cpu")))
     for name in ("Slot Attention", "Slot Attention, untrained"):
         folder = runs.folder_of(tmp_path, name)
         folder.mkdir()

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, Normal, kl_divergence
 
-import train
 from models.monet import MONet
+from training.building import build_model
+from training.config import Config
 
 
 def shapes(module):
@@ -61,9 +62,9 @@ def test_layers_are_those_of_the_appendix():
 
 @pytest.mark.parametrize(("side", "last"), [(28, 7), (35, 4), (64, 4), (128, 4)])
 def test_what_is_trained_halves_images_of_every_size_to_a_few_pixels(side, last):
-    config = train.Config(model="monet", channels=2, num_slots=2, slot_size=2, device="cpu",
+    config = Config(model="monet", channels=2, num_slots=2, slot_size=2, device="cpu",
                           pixel_sigma=0.1, background_sigma=0.06)  # fmt: skip
-    model = train.build_model(config, (side, side))
+    model = build_model(config, (side, side))
     assert (model.sigma_first, model.sigma) == (0.06, 0.1)
     assert model.attention.mlp[0].in_features == 4 * last**2
     assert model(torch.rand(1, 3, side, side), noise=torch.zeros(1, 2, 2)).loss.isfinite()

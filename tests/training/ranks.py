@@ -12,28 +12,34 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import train
+from training.building import build_model, build_optimizer
+from training.config import Config
+from training.processes import mean_over_ranks, meet_other_ranks, num_ranks, rank, share
+from training.random_numbers import draw_noise
+from training.resolve import resolve
+from training.scenes import Order, open_scenes
+from training.step import Batch, Step
 
 
 def one_step_each(margin: float) -> dict[str, dict[str, torch.Tensor]]:
-    config = train.resolve(
-        train.Config(preset="smoke", device="cpu", precision="fp32", fine_tune="iio", optimizer="adam", margin=margin)
+    config = resolve(
+        Config(preset="smoke", device="cpu", precision="fp32", fine_tune="iio", optimizer="adam", margin=margin)
     )
-    train.meet_other_ranks(config)
-    source = train.open_scenes(config)
+    meet_other_ranks(config)
+    source = open_scenes(config)
     results = {}
     for phase in ("pre-training", "fine-tuning"):
-        model = train.build_model(config, source.size)
-        parallel = DistributedDataParallel(model) if train.num_ranks() > 1 else model
-        step = train.Step(parallel, train.build_optimizer(model, config), phase, config)
-        pixels, _ = source.batch(train.Order(config)(0))
-        noise = train.share(train.draw_noise(config, config.batch_size, model.noise_shape, 0))
-        step(train.Batch(pixels, noise, None), 0.0)
+        model = build_model(config, source.size)
+        parallel = DistributedDataParallel(model) if num_ranks() > 1 else model
+        step = Step(parallel, build_optimizer(model, config), phase, config)
+        pixels, _ = source.batch(Order(config)(0))
+        noise = share(draw_noise(config, config.batch_size, model.noise_shape, 0))
+        step(Batch(pixels, noise, None), 0.0)
         own = step.values.get("mse")
-        results[phase] = {name: train.mean_over_ranks(value) for name, value in step.values.items()}
+        results[phase] = {name: mean_over_ranks(value) for name, value in step.values.items()}
         results[phase] |= {name: p.grad for name, p in model.named_parameters()}
-        errors = [torch.empty(()) for _ in range(train.num_ranks())]
-        if train.num_ranks() > 1:
+        errors = [torch.empty(()) for _ in range(num_ranks())]
+        if num_ranks() > 1:
             dist.all_gather(errors, own)
             results[phase]["errors of shares"] = torch.stack(errors)
     return results
@@ -41,6 +47,6 @@ def one_step_each(margin: float) -> dict[str, dict[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     found = one_step_each(float(sys.argv[1]))
-    if train.rank() == 0:
+    if rank() == 0:
         torch.save(found, sys.argv[2])
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ import torch
 from ranks import one_step_each
 from safetensors.torch import load_file
 
-import train
+from training.processes import num_ranks, rank
 
 ROOT = Path(__file__).parents[2]
 # Adam: Muon's iteration makes of the last bits of a small gradient something visible within a few steps.
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_one_process(tmp_path, hinge):
     if margin is None:
         # A little under the error of all: one share's own error is over the margin and the other's under it.
         margin = 0.9999 * float(one_step_each(0.0)["fine-tuning"]["mse"])
-    process = torchrun("tests/ranks.py", margin, tmp_path / "two.pt")
+    process = torchrun("tests/training/ranks.py", margin, tmp_path / "two.pt")
     output = finish(process)
     assert process.returncode == 0, output
     two, one = torch.load(tmp_path / "two.pt"), one_step_each(margin)
@@ -174,7 +174,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")  # as some schedulers set it
     monkeypatch.setenv("RANK", "3")
-    assert (train.rank(), train.num_ranks()) == (0, 1)
+    assert (rank(), num_ranks()) == (0, 1)
 
 
 def test_an_implicit_gradient_leaves_the_initial_slots_out(tmp_path):

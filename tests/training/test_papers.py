@@ -2,17 +2,25 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
-import test_data_clevr as clevr
 import torch
-from test_train import PLAIN, SCORE, assert_refused_before_any_work, assert_same_tensors, call
+from commands import PLAIN, SCORE, assert_refused_before_any_work, assert_same_tensors, call
+from safetensors.torch import save as to_safetensors
 
-import train
 from data import DATASETS
 from iio_kernels.nn import SlotAttention
 from models.slot_attention import SlotAttentionAutoEncoder
+from tests.data import test_data_clevr as clevr
+from training.building import build_model
+from training.config import Config, to_json
+from training.metrics_log import Metrics
+from training.resolve import resolve
+from training.run_folder import reopen_run
+from training.schedule import learning_rate, phase_steps
+from training.weights import ARCHITECTURE, read_weights, save_weights
 
 
 def paper(**options):
@@ -20,11 +28,11 @@ def paper(**options):
     options.setdefault("dataset", "tetrominoes")
     if DATASETS[options["dataset"]].generator is None:
         options["data"] = Path("scenes.tfrecords")
-    return train.resolve(train.Config(preset="paper", device="cpu", **options))
+    return resolve(Config(preset="paper", device="cpu", **options))
 
 
 def rate(step, config):
-    return train.learning_rate(step, "pre-training", config)
+    return learning_rate(step, "pre-training", config)
 
 
 @pytest.mark.parametrize("model", ["slot-attention", "slot-mlp"])
@@ -35,7 +43,7 @@ def rate(step, config):
 def test_slot_attention_trains_as_long_as_its_supplement_says(model, dataset, steps, channels):
     """Table 10; on Tetrominoes the IIO paper's 50 epochs."""
     config = paper(model=model, dataset=dataset)
-    assert train.phase_steps(config) == {"pre-training": steps}
+    assert phase_steps(config) == {"pre-training": steps}
     assert (config.batch_size, config.optimizer, config.clip, config.channels) == (64, "adam", 0, channels)
     assert rate(9_999, config) == pytest.approx(4e-4 * 0.5**0.1, rel=1e-3)
     assert rate(99_999, config) == pytest.approx(2e-4, rel=1e-3)
@@ -43,8 +51,8 @@ def test_slot_attention_trains_as_long_as_its_supplement_says(model, dataset, st
 
 
 def test_another_length_than_the_papers_can_be_asked_for():
-    assert train.phase_steps(paper(dataset="multi-dsprites", epochs=2)) == {"pre-training": 1875}
-    assert train.phase_steps(paper(dataset="multi-dsprites", steps=7)) == {"pre-training": 7}
+    assert phase_steps(paper(dataset="multi-dsprites", epochs=2)) == {"pre-training": 1875}
+    assert phase_steps(paper(dataset="multi-dsprites", steps=7)) == {"pre-training": 7}
 
 
 #: Of IODINE's appendix C: D, K; channels and size of the decoder's convolutions; and of the refinement network the
@@ -59,11 +67,11 @@ IODINES = {
 @pytest.mark.parametrize("dataset", IODINES)
 def test_iodine_is_its_printed_text(dataset):
     config = paper(model="iodine", dataset=dataset)
-    assert train.phase_steps(config) == {"pre-training": 1_000_000}
+    assert phase_steps(config) == {"pre-training": 1_000_000}
     assert (config.batch_size, config.optimizer, config.clip, config.pixel_sigma) == (32, "adam", 5, 0.1)
     assert rate(0, config) == pytest.approx(3e-4)
     assert rate(999_999, config) == pytest.approx(3e-4, rel=1e-3)
-    model = train.build_model(config, DATASETS[dataset].size)
+    model = build_model(config, DATASETS[dataset].size)
     D, K, decoder, refinement, mlp, lstm = IODINES[dataset]
     assert model.noise_shape == (5, K, D), "T = 5 losses"
     assert model.weigh_first
@@ -81,7 +89,7 @@ def test_iodine_is_its_printed_text(dataset):
 
 def test_iodines_program_can_be_asked_for():
     config = paper(model="iodine", dataset="clevr6", iodine_source="program")
-    model = train.build_model(config, (128, 128))
+    model = build_model(config, (128, 128))
     assert model.noise_shape == (6, 7, 64)
     assert [layer.out_features for layer in model.refinement.mlp if isinstance(layer, torch.nn.Linear)] == [256, 256]
 
@@ -89,10 +97,10 @@ def test_iodines_program_can_be_asked_for():
 def test_monet_is_its_appendix_or_what_iodine_compares_with():
     config = paper(model="monet", dataset="multi-dsprites")
     assert (config.optimizer, config.lr, config.batch_size, config.steps) == ("rmsprop", 1e-4, 64, 1_000_000)
-    model = train.build_model(config, (64, 64))
+    model = build_model(config, (64, 64))
     assert (model.sigma_first, model.sigma, model.beta, model.gamma) == (0.09, 0.11, 0.5, 0.5)
     config = paper(model="monet", dataset="multi-dsprites", pixel_sigma=0.1, background_sigma=0.06)
-    model = train.build_model(config, (64, 64))
+    model = build_model(config, (64, 64))
     assert (model.sigma_first, model.sigma) == (0.06, 0.1)
 
 
@@ -112,23 +120,23 @@ def test_weights_say_what_changes_the_network_and_older_ones_mean_what_they_mean
     weights, anything = tmp_path / "x.safetensors", torch.nn.Linear(1, 1)
     asked = {"iodine": {"iodine_source": "text"}, "monet": {"pixel_sigma": 0.1, "background_sigma": 0.06}}
     asked = asked.get(options["model"], {})
-    config = train.resolve(train.Config(preset="smoke", device="cpu", **options, **asked))
-    train.save_weights(weights, anything, config, {})
-    scored = train.resolve(train.Config(eval_only=weights, preset="smoke", device="cpu"))
+    config = resolve(Config(preset="smoke", device="cpu", **options, **asked))
+    save_weights(weights, anything, config, {})
+    scored = resolve(Config(eval_only=weights, preset="smoke", device="cpu"))
     assert {name: getattr(scored, name) for name in asked} == asked
-    _, about = train.read_weights(weights)
+    _, about = read_weights(weights)
     for name in unsaid:
         del about["architecture"][name]
     older = {"iio_kernels": json.dumps(about)}
-    (tmp_path / "older.safetensors").write_bytes(train.to_safetensors(anything.state_dict(), older))
-    scored = train.resolve(train.Config(eval_only=tmp_path / "older.safetensors", preset="smoke", device="cpu"))
+    (tmp_path / "older.safetensors").write_bytes(to_safetensors(anything.state_dict(), older))
+    scored = resolve(Config(eval_only=tmp_path / "older.safetensors", preset="smoke", device="cpu"))
     assert {name: getattr(scored, name) for name in meant} == meant
     # And so do runs that an older version began.
-    saved = train.to_json(config)
+    saved = to_json(config)
     for name in (*unsaid, "initial_weights", "gradient", "neumann_terms"):
         saved.pop(name)
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    resumed, _ = train.reopen_run(train.Config(resume=tmp_path))
+    resumed, _ = reopen_run(Config(resume=tmp_path))
     assert {name: getattr(resumed, name) for name in meant} == meant
     assert (resumed.initial_weights, resumed.gradient) == ("own", "unrolled")
 
@@ -137,13 +145,13 @@ def test_weights_say_what_changes_the_network_and_older_ones_mean_what_they_mean
 @pytest.mark.parametrize(("gradient", "terms"), [("unrolled", 0), ("implicit", 0), ("implicit", 3), ("bilevel", 0)])
 def test_gradients_are_those_of_the_module(task, gradient, terms):
     dataset = "tetrominoes" if task == "discovery" else "clevr-like"
-    config = train.Config(task=task, dataset=dataset, preset="smoke", device="cpu", gradient=gradient)
-    config = train.resolve(dataclasses.replace(config, neumann_terms=terms))
-    model = train.build_model(config, (24, 24))
+    config = Config(task=task, dataset=dataset, preset="smoke", device="cpu", gradient=gradient)
+    config = resolve(dataclasses.replace(config, neumann_terms=terms))
+    model = build_model(config, (24, 24))
     (module,) = [m for m in model.modules() if isinstance(m, SlotAttention)]
     assert (module.gradient, module.neumann_terms) == (gradient, terms)
     # They are a matter of training alone: weights do not know them.
-    assert not {"gradient", "neumann_terms"} & set(train.ARCHITECTURE)
+    assert not {"gradient", "neumann_terms"} & set(ARCHITECTURE)
 
 
 REFUSED = {
@@ -204,7 +212,7 @@ def test_what_papers_compare_trains_resumes_and_is_scored(options, tmp_path, mon
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert call(monkeypatch, *options, "--out", whole) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train.Metrics, "log", interrupting(train.Metrics.log, at=2))
+        patch.setattr(Metrics, "log", interrupting(Metrics.log, at=2))
         assert call(patch, *options, "--out", cut) == 130
     assert call(monkeypatch, "--resume", cut) == 0
     assert_same_tensors(whole / "before.safetensors", cut / "before.safetensors")
@@ -221,7 +229,7 @@ def interrupting(log, at):
     def log_and_interrupt(self, step, **values):
         log(self, step, **values)
         if step == at:
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     return log_and_interrupt
 
