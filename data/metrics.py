@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .properties import NUM_PROPERTIES, kinds
+from data.properties import NUM_PROPERTIES, kinds
 
 __all__ = ["adjusted_rand_index", "average_precision", "mean_best_overlap", "mean_iou", "mean_squared_error"]
 
@@ -39,7 +39,7 @@ def adjusted_rand_index(
     Args:
         true_labels: integers (B, H, W) or (B, N).
         pred_labels: integers of the same shape.
-        num_true: labels run from 0 to ``num_true - 1``. None looks at the labels, for
+        num_true: labels run from 0 to `num_true - 1`. None looks at the labels, for
             which the host waits for the device; given, nothing waits. A scene with a label outside
             the range scores NaN, and without a range one with a negative label.
         num_pred: the same for `pred_labels`.
@@ -232,7 +232,7 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
     """Average precision of predicted objects, over all scenes together.
 
     Predictions are taken in the order of their confidence, the last property, whatever their scene. Each stands for the
-    nearest object of its scene with the same size, material, shape and colour; it is right if that lies less than
+    nearest object of its scene with the same size, material, shape and color; it is right if that lies less than
     `distance` away, on CLEVR's scale of 6 from end to end, and was not found before. The precision at a recall is the
     highest at that recall or a higher one.
 
@@ -241,7 +241,7 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
 
     Args:
         predicted: (B, K, 19), laid out like `objects`; of one-hot properties the largest number counts.
-        objects: (B, M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3), colour (8), and 1 for an
+        objects: (B, M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3), color (8), and 1 for an
             object or 0 for none.
         distance: nearer than this, on that scale, counts; infinity asks for the right properties alone.
 

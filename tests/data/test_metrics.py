@@ -182,7 +182,7 @@ def test_labels_out_of_range_score_nan(score):
 @pytest.mark.parametrize("numbers", [{}, {"num_true": 2**24, "num_pred": 2**63}], ids=["looked for", "given"])
 @pytest.mark.parametrize("score", SEGMENTATION_SCORES)
 def test_labels_need_not_be_consecutive(score, numbers, ignore_background, device):
-    """As ids packed from the colours of a picture, or hashes: a table of all up to the largest has terabytes."""
+    """As ids packed from the colors of a picture, or hashes: a table of all up to the largest has terabytes."""
     rng = np.random.default_rng(0)
     true, pred = torch.tensor(rng.integers(0, 6, (30, 40))), torch.tensor(rng.integers(0, 9, (30, 40)))
     true[:10] += 1  # scenes without a background
