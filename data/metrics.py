@@ -8,6 +8,9 @@ scene, and with many entities the table of all pairs of a true and a predicted o
 
 import math
 import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +19,15 @@ from torch import Tensor
 
 from data.properties import NUM_PROPERTIES, kinds
 
-__all__ = ["adjusted_rand_index", "average_precision", "mean_best_overlap", "mean_iou", "mean_squared_error"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "adjusted_rand_index",
+    "average_precision",
+    "mean_best_overlap",
+    "mean_iou",
+    "mean_squared_error",
+]
 
 MANY = 256  # labels from here on are numbered anew, unless their number is given
 
@@ -278,3 +289,46 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
     hits = right.cumsum()
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
     return float((precision * right).sum() / total)
+
+
+class Metric(NamedTuple):
+    """What tables call a score, and how it is computed.
+
+    Attributes:
+        name: of the score in files of results.
+        label: of its column in tables.
+        compares: what `function` takes: "labels" (true and predicted, `num_true=` and `num_pred=`) and "images"
+            (reconstruction and image) score each scene, "objects" (predicted and true) all scenes together.
+        function: gives the score.
+        unit: "%" where tables show it times 100, or "" where they show it as it is.
+        higher_is_better: whether a perfect prediction has the highest value.
+    """
+
+    name: str
+    label: str
+    compares: Literal["labels", "images", "objects"]
+    function: Callable[..., Any]
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+def _precision_within(distance: str, label: str) -> Metric:
+    return Metric(f"ap_{distance}", label, "objects", partial(average_precision, distance=float(distance)))
+
+
+#: All scores by name.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("ari", "ARI", "labels", adjusted_rand_index),
+        Metric("fg_ari", "FG-ARI", "labels", partial(adjusted_rand_index, ignore_background=True)),
+        Metric("miou", "mIoU", "labels", mean_iou),
+        Metric("mbo", "mBO", "labels", mean_best_overlap),
+        Metric("mse", "MSE", "images", mean_squared_error, unit="", higher_is_better=False),
+        _precision_within("inf", "AP"),
+        _precision_within("1", "AP 1"),
+        _precision_within("0.5", "AP 0.5"),
+        _precision_within("0.25", "AP 0.25"),
+        _precision_within("0.125", "AP 0.125"),
+    )
+}

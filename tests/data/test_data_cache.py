@@ -261,3 +261,20 @@ def test_a_cache_that_says_too_little(path, change, lacks):
     folder.rename(part / "new")
     assert same(load(path, progress=False), 6)
     assert len(list(path.parent.iterdir())) == 2
+
+
+def test_images_are_read_without_labels(path):
+    write(path)
+    scenes = load(path, progress=False)
+    read, first = scenes.batch(torch.arange(6)), torch.tensor([3, 0])
+    scenes._arrays["labels"] = None
+    assert torch.equal(scenes.images(first), read[0][first])
+    with pytest.raises(IndexError, match=r"indices: expected values in \[0, 6\), got 6 to 6"):
+        scenes.images(torch.tensor([6]))
+
+
+def test_resident_images(path):
+    write(path)
+    source = load(path, progress=False)
+    scenes, some = ResidentScenes(source, "cpu", progress=False), torch.tensor([5, 1])
+    assert torch.equal(scenes.images(some), source.images(some))

@@ -208,8 +208,8 @@ def test_bad_numbers_of_objects(arguments, error, message):
 
 
 def test_gives_up_clearly(monkeypatch):
-    monkeypatch.setattr(clevr_like, "MIN_PIXELS", 20_000)
-    monkeypatch.setattr(clevr_like, "ATTEMPTS", 20)
+    monkeypatch.setattr(placement, "MIN_PIXELS", 20_000)
+    monkeypatch.setattr(placement, "ATTEMPTS", 20)
     with pytest.raises(RuntimeError, match="2 of 2 scenes not drawn in 20 attempts"):
         ClevrLikeGenerator(2).batch(torch.arange(2))
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from data.metrics import adjusted_rand_index, average_precision, mean_best_overlap, mean_iou, mean_squared_error
+from data.metrics import (
+    METRICS,
+    adjusted_rand_index,
+    average_precision,
+    mean_best_overlap,
+    mean_iou,
+    mean_squared_error,
+)
 
 DEVICES = [
     "cpu",
@@ -253,3 +260,19 @@ def test_average_precision_of_bad_input():
         average_precision(objects, objects[:1])
     with pytest.raises(ValueError, match=r"predicted: expected shape \(B, K, 19\), got \(2, 5, 18\)"):
         average_precision(objects[..., 1:], objects)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_table_tells_how_scores_are_computed(name):
+    metric = METRICS[name]
+    assert metric.name == name
+    labels, image = torch.arange(3).repeat(2, 4), torch.rand(2, 3, 4, 4)
+    objects = torch.zeros(2, 3, 19)
+    objects[..., [3, 5, 7, 10, 18]] = 1
+    perfect = {"labels": (labels, labels), "images": (image, image), "objects": (objects, objects)}[metric.compares]
+    wrong = {"labels": (labels, labels * 0), "images": (image, 1 - image), "objects": (-objects, objects)}[
+        metric.compares
+    ]
+    best, worse = (torch.as_tensor(metric.function(*given)).double().mean().item() for given in (perfect, wrong))
+    assert best == (1 if metric.higher_is_better else 0)
+    assert (best > worse) == metric.higher_is_better
