@@ -35,7 +35,7 @@ PHOTOGRAPHS = {
 
 
 def discs(num: int, contrast: float) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, 128, 128) of checks on stripes that differ by a colour each, with noise; masks (B, 128, 128)."""
+    """Images (B, 3, 128, 128) of checks on stripes that differ by a color each, with noise; masks (B, 128, 128)."""
     random = torch.Generator().manual_seed(0)
     row, column, radius = torch.rand(3, num, 1, 1, generator=random) * SIZE
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")

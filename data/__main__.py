@@ -14,10 +14,10 @@ import torch
 import tyro
 from PIL import Image
 
-from . import DATASETS, generator, load
-from .scenes import Scenes
+from data import DATASETS, generator, load
+from data.scenes import Scenes
 
-COLOURS = np.array(
+COLORS = np.array(
     [(0, 0, 0), (230, 60, 60), (60, 180, 75), (67, 99, 216), (255, 225, 25), (245, 130, 49), (145, 30, 180),
      (66, 212, 244), (240, 50, 230), (191, 239, 69), (250, 190, 212)], np.uint8,
 )  # fmt: skip
@@ -26,11 +26,11 @@ SIDE = 128  # pixels of a picture, about
 
 
 def sheet(source: Scenes, indices: torch.Tensor, columns: int) -> np.ndarray:
-    """The scenes `indices`, row by row, each over its labels in colours, a line between: uint8 (height, width, 3)."""
+    """The scenes `indices`, row by row, each over its labels in colors, a line between: uint8 (height, width, 3)."""
     image, labels = source.batch(indices, "cpu")
     height, width = source.size
     line = np.full((len(image), 1, width, 3), 255, np.uint8)
-    pair = np.concatenate([image.permute(0, 2, 3, 1).numpy(), line, COLOURS[labels.numpy() % len(COLOURS)]], 1)
+    pair = np.concatenate([image.permute(0, 2, 3, 1).numpy(), line, COLORS[labels.numpy() % len(COLORS)]], 1)
     pair = pair.repeat(zoom := max(1, round(SIDE / height)), 1).repeat(zoom, 2)
     rows = math.ceil(len(pair) / columns)
     cells = np.full((rows * columns, (2 * height + 1) * zoom + GAP, width * zoom + GAP, 3), 255, np.uint8)

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .tfrecord import DataError
+from data.errors import DataError
 
 try:
     import fcntl

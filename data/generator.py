@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .random_words import scene_keys
-from .scenes import check_indices
+from data.random_words import scene_keys
+from data.scenes import check_indices
 
 __all__ = ["SceneGenerator", "check_integer"]
 
 
 @dataclass(frozen=True)
 class SceneGenerator:
-    """Scenes number `first` to ``first + num_scenes - 1`` of the stream `seed`.
+    """Scenes number `first` to `first + num_scenes - 1` of the stream `seed`.
 
     A scene is a pure function of (seed, number). Two generators with the same seed and disjoint ranges share no scene
     but by chance.
@@ -38,14 +38,22 @@ class SceneGenerator:
     def __len__(self) -> int:
         return self.num_scenes
 
+    def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """Draw the scenes `first + indices` on `device`; see `Scenes.batch`."""
+        raise NotImplementedError
+
+    def images(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
+        """Draw the images alone; see `Scenes.images`. Their labels fall off as they are drawn."""
+        return self.batch(indices, device)[0]
+
     def keys(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
-        """The random keys of the scenes ``first + indices``, on `device`; checks the indices."""
+        """Hash the random keys of the scenes `first + indices`, on `device`, and check the indices."""
         check_indices(indices, len(self))
         return scene_keys(self.seed, self.first + indices.to(indices.device if device is None else device))
 
 
 def check_integer(name: str, value: int, least: int, bound: int) -> None:
-    """Raises a clear error unless the argument `name` is an integer in ``[least, bound)``."""
+    """Raise a clear error unless the argument `name` is an integer in `[least, bound)`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if not least <= value < bound:

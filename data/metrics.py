@@ -8,15 +8,26 @@ scene, and with many entities the table of all pairs of a true and a predicted o
 
 import math
 import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .properties import NUM_PROPERTIES, kinds
+from data.properties import NUM_PROPERTIES, kinds
 
-__all__ = ["adjusted_rand_index", "average_precision", "mean_best_overlap", "mean_iou", "mean_squared_error"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "adjusted_rand_index",
+    "average_precision",
+    "mean_best_overlap",
+    "mean_iou",
+    "mean_squared_error",
+]
 
 MANY = 256  # labels from here on are numbered anew, unless their number is given
 
@@ -39,7 +50,7 @@ def adjusted_rand_index(
     Args:
         true_labels: integers (B, H, W) or (B, N).
         pred_labels: integers of the same shape.
-        num_true: labels run from 0 to ``num_true - 1``. None looks at the labels, for
+        num_true: labels run from 0 to `num_true - 1`. None looks at the labels, for
             which the host waits for the device; given, nothing waits. A scene with a label outside
             the range scores NaN, and without a range one with a negative label.
         num_pred: the same for `pred_labels`.
@@ -232,7 +243,7 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
     """Average precision of predicted objects, over all scenes together.
 
     Predictions are taken in the order of their confidence, the last property, whatever their scene. Each stands for the
-    nearest object of its scene with the same size, material, shape and colour; it is right if that lies less than
+    nearest object of its scene with the same size, material, shape and color; it is right if that lies less than
     `distance` away, on CLEVR's scale of 6 from end to end, and was not found before. The precision at a recall is the
     highest at that recall or a higher one.
 
@@ -241,7 +252,7 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
 
     Args:
         predicted: (B, K, 19), laid out like `objects`; of one-hot properties the largest number counts.
-        objects: (B, M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3), colour (8), and 1 for an
+        objects: (B, M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3), color (8), and 1 for an
             object or 0 for none.
         distance: nearer than this, on that scale, counts; infinity asks for the right properties alone.
 
@@ -278,3 +289,46 @@ def average_precision(predicted: Tensor, objects: Tensor, distance: float = math
     hits = right.cumsum()
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
     return float((precision * right).sum() / total)
+
+
+class Metric(NamedTuple):
+    """What tables call a score, and how it is computed.
+
+    Attributes:
+        name: of the score in files of results.
+        label: of its column in tables.
+        compares: what `function` takes: "labels" (true and predicted, `num_true=` and `num_pred=`) and "images"
+            (reconstruction and image) score each scene, "objects" (predicted and true) all scenes together.
+        function: gives the score.
+        unit: "%" where tables show it times 100, or "" where they show it as it is.
+        higher_is_better: whether a perfect prediction has the highest value.
+    """
+
+    name: str
+    label: str
+    compares: Literal["labels", "images", "objects"]
+    function: Callable[..., Any]
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+def _precision_within(distance: str, label: str) -> Metric:
+    return Metric(f"ap_{distance}", label, "objects", partial(average_precision, distance=float(distance)))
+
+
+#: All scores by name.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("ari", "ARI", "labels", adjusted_rand_index),
+        Metric("fg_ari", "FG-ARI", "labels", partial(adjusted_rand_index, ignore_background=True)),
+        Metric("miou", "mIoU", "labels", mean_iou),
+        Metric("mbo", "mBO", "labels", mean_best_overlap),
+        Metric("mse", "MSE", "images", mean_squared_error, unit="", higher_is_better=False),
+        _precision_within("inf", "AP"),
+        _precision_within("1", "AP 1"),
+        _precision_within("0.5", "AP 0.5"),
+        _precision_within("0.25", "AP 0.25"),
+        _precision_within("0.125", "AP 0.125"),
+    )
+}

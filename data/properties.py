@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-__all__ = ["COLOURS", "MATERIALS", "MAX_OBJECTS", "NUM_PROPERTIES", "SHAPES", "SIZES", "encode", "kinds"]
+__all__ = ["COLORS", "MATERIALS", "MAX_OBJECTS", "NUM_PROPERTIES", "SHAPES", "SIZES", "encode", "kinds"]
 
 MAX_OBJECTS = 10
 
@@ -12,17 +12,17 @@ MAX_OBJECTS = 10
 SIZES = ("small", "large")
 MATERIALS = ("rubber", "metal")
 SHAPES = ("cube", "sphere", "cylinder")
-COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
+COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 
-NUM_PROPERTIES = 3 + len(SIZES) + len(MATERIALS) + len(SHAPES) + len(COLOURS) + 1  # 19
+NUM_PROPERTIES = 3 + len(SIZES) + len(MATERIALS) + len(SHAPES) + len(COLORS) + 1  # 19
 
 
-def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, colour: Tensor, real: Tensor) -> Tensor:
+def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, color: Tensor, real: Tensor) -> Tensor:
     """Objects as vectors of 19 numbers.
 
     Args:
         coordinates: float32 (..., 3), the object's centre, in [-3, 3].
-        size, material, shape, colour: int64 (...), numbers into the tables above; anything where there is no object.
+        size, material, shape, color: int64 (...), numbers into the tables above; anything where there is no object.
         real: bool (...), whether there is an object.
 
     Returns:
@@ -30,15 +30,15 @@ def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, c
         there is no object.
     """
     parts = [(coordinates + 3) * (1 / 6)]
-    for number, table in ((size, SIZES), (material, MATERIALS), (shape, SHAPES), (colour, COLOURS)):
+    for number, table in ((size, SIZES), (material, MATERIALS), (shape, SHAPES), (color, COLORS)):
         parts.append(one_hot(number.where(real, 0), len(table)))
     return torch.cat([*parts, torch.ones_like(real)[..., None]], -1) * real[..., None].float()
 
 
 def kinds(objects: Tensor) -> list[Tensor]:
-    """Size, material, shape and colour of objects (..., 19), or of predictions, of whose numbers the largest counts.
+    """Size, material, shape and color of objects (..., 19), or of predictions, of whose numbers the largest counts.
 
     Each is int64 (...), numbers into the tables above.
     """
-    one_hots = objects[..., 3:-1].split([len(table) for table in (SIZES, MATERIALS, SHAPES, COLOURS)], -1)
+    one_hots = objects[..., 3:-1].split([len(table) for table in (SIZES, MATERIALS, SHAPES, COLORS)], -1)
     return [one_hot.argmax(-1) for one_hot in one_hots]

@@ -37,7 +37,7 @@ def words(key: Tensor, counters: Tensor) -> Tensor:
 
 
 def high(word: Tensor) -> Tensor:
-    """The upper 32 bits, as an integer in ``[0, 2**32)``."""
+    """The upper 32 bits, as an integer in `[0, 2**32)`."""
     return _shift(word, 32)
 
 
@@ -47,12 +47,12 @@ def low(word: Tensor) -> Tensor:
 
 
 def below(half: Tensor, bound: Tensor | int) -> Tensor:
-    """Uniform integers in ``[0, bound)`` from 32-bit ones, even to within ``bound / 2**32``."""
+    """Uniform integers in `[0, bound)` from 32-bit ones, even to within `bound / 2**32`."""
     return (half * bound) >> 32
 
 
 def unit(half: Tensor) -> Tensor:
-    """Uniform float32 in ``[0, 1)``, multiples of 2**-24, from 32-bit integers."""
+    """Uniform float32 in `[0, 1)`, multiples of 2**-24, from 32-bit integers."""
     return (half >> 8).float() * 2.0**-24
 
 

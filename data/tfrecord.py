@@ -17,13 +17,11 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-__all__ = ["DataError", "byte_feature", "float_feature", "is_gzip", "is_tfrecord", "read_examples"]
+from data.errors import DataError
+
+__all__ = ["byte_feature", "float_feature", "is_gzip", "is_tfrecord", "read_examples"]
 
 BUFFER = 1 << 20  # bytes decompressed at a time
-
-
-class DataError(ValueError):
-    """A file does not hold what it should; the message is one line with the file and the record."""
 
 
 def is_gzip(head: bytes) -> bool:

@@ -16,6 +16,9 @@ from data.__main__ import main
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_table_tells_what_the_scenes_are(name):
     entry = DATASETS[name]
+    assert entry.name == name
+    assert entry.citation
+    assert entry.origin
     if entry.generator is None:
         assert entry.file is not None
         with pytest.raises(ValueError, match=f"name: expected one of .*, got '{name}': its scenes come from a file"):
@@ -25,6 +28,7 @@ def test_the_table_tells_what_the_scenes_are(name):
     assert isinstance(scenes, Scenes)
     assert (scenes.name, len(scenes), scenes.seed, scenes.first) == (name, 2, 1, 3)
     assert (scenes.size, scenes.num_entities) == (entry.size, entry.num_entities)
+    assert torch.equal(scenes.images(torch.arange(2)), scenes.batch(torch.arange(2))[0])
     assert isinstance(scenes, ObjectScenes) == entry.properties
     if entry.file is not None:
         assert (entry.file.size, entry.file.num_entities) == (entry.size, entry.num_entities)

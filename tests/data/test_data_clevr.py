@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DATASETS, DataError, ObjectScenes, clevr, load
+from data import DATASETS, DataError, ObjectScenes, load
+from data.datasets import clevr
 
 ROOT = Path(__file__).parents[2]
 SIZES, MATERIALS = ("small", "large"), ("rubber", "metal")
 SHAPES = ("cube", "sphere", "cylinder")
-COLOURS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
+COLORS = ("gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow")
 
 
 def picture(random):
@@ -33,7 +34,7 @@ def scene(split, number, count, random):
     """A scene as CLEVR's lists have it, with all that is not read, too."""
     objects = [
         {
-            "color": str(random.choice(COLOURS)),
+            "color": str(random.choice(COLORS)),
             "size": str(random.choice(SIZES)),
             "rotation": float(random.uniform(0, 360)),
             "shape": str(random.choice(SHAPES)),
@@ -124,12 +125,12 @@ def test_scenes_are_those_of_the_folder(folder):
         objects = scenes[index]["objects"]
         assert not rows[len(objects) :].any()
         for row, thing in zip(rows.numpy(), objects, strict=False):
-            place, size, material, shape, colour, real = np.split(row, (3, 5, 7, 10, 18))
+            place, size, material, shape, color, real = np.split(row, (3, 5, 7, 10, 18))
             assert np.allclose(place, [(x + 3) / 6 for x in thing["3d_coords"]], atol=1e-6)
             assert size.tolist() == [thing["size"] == name for name in SIZES]
             assert material.tolist() == [thing["material"] == name for name in MATERIALS]
             assert shape.tolist() == [thing["shape"] == name for name in SHAPES]
-            assert colour.tolist() == [thing["color"] == name for name in COLOURS]
+            assert color.tolist() == [thing["color"] == name for name in COLORS]
             assert real == 1
 
 
@@ -159,7 +160,8 @@ def test_killed_during_the_conversion(folder):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data import clevr, load
+from data import load
+from data.datasets import clevr
 clevr.BLOCK, read = 2, clevr.read_picture
 def read_until(folder, name, size):
     if name.name == "CLEVR_val_000001.png":

@@ -9,8 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ClevrLikeGenerator, ObjectScenes, ResidentScenes, Scenes, TetrominoesGenerator, clevr_like
-from data.properties import COLOURS, MATERIALS, SHAPES, SIZES
+from data import ClevrLikeGenerator, ObjectScenes, ResidentScenes, Scenes, TetrominoesGenerator
+from data.datasets import clevr_like
+from data.datasets.clevr_like import placement, shading
+from data.datasets.clevr_like.camera import View
+from data.datasets.clevr_like.objects import Solids
+from data.properties import COLORS, MATERIALS, SHAPES, SIZES
 
 COUNT = 48
 
@@ -22,7 +26,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def drawn(generator):
-    return clevr_like._draw(generator.keys(torch.arange(COUNT)), 3, 10)
+    return placement.draw(generator.keys(torch.arange(COUNT)), 3, 10)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,7 @@ def test_a_scene_does_not_depend_on_its_batch(generator, batch, numbers):
 
 
 def test_rounds_do_not_change_the_scenes(generator, batch, monkeypatch):
+    monkeypatch.setattr(placement, "CHUNK", 3)
     monkeypatch.setattr(clevr_like, "CHUNK", 3)
     assert all(map(torch.equal, batch, generator.batch(torch.arange(COUNT))))
 
@@ -118,14 +123,14 @@ def test_labels_and_shadows_by_marching_along_rays(drawn, scene):
     # From there towards the sun; no object shadows itself.
     far = np.where(hit, depth[first], -camera[2] / ray[..., 2])
     point = camera + far[..., None] * ray
-    sun = np.array(clevr_like.SUN) / np.linalg.norm(clevr_like.SUN)
+    sun = np.array(shading.SUN) / np.linalg.norm(shading.SUN)
     held = inside(scenes, scene, point + np.linspace(0.001, 2.5, 300)[:, None, None, None] * sun)
     dark = (held & (np.arange(held.shape[-1]) != label[..., None] - 1)).any((0, 3))
-    view, solids = clevr_like._View.of(scenes.camera), clevr_like._Solids.of(scenes)
+    view, solids = View.of(scenes.camera), Solids.of(scenes)
     points = np.zeros((len(labels), 3, 128, 128), np.float32)
     points[scene, :, 1::4, 1::4] = np.moveaxis(point, -1, 0)
     points = torch.from_numpy(points).flatten(2).unbind(1)
-    ours = clevr_like._shadows(scenes, view, solids, tuple(p.contiguous() for p in points), labels)
+    ours = shading.find_shadows(scenes, view, solids, tuple(p.contiguous() for p in points), labels)
     ours = ours[scene].view(128, 128)[1::4, 1::4].numpy()
     assert (dark != ours).mean() < 0.01
     assert dark[label == 0].any()
@@ -151,22 +156,22 @@ def test_properties_are_those_of_the_picture(generator, batch, drawn):
     scenes, labels = drawn
     properties = generator.properties(torch.arange(COUNT))
     assert (properties.shape, properties.dtype) == ((COUNT, 10, 19), torch.float32)
-    coordinates, size, material, shape, colour, real = properties.split((3, 2, 2, 3, 8, 1), -1)
+    coordinates, size, material, shape, color, real = properties.split((3, 2, 2, 3, 8, 1), -1)
     assert torch.equal(real[..., 0] == 1, scenes.real)
     assert not properties[~scenes.real].any()
-    for one_hot in (size, material, shape, colour):
+    for one_hot in (size, material, shape, color):
         assert (one_hot[scenes.real].sum(-1) == 1).all()
     # Height tells the size.
     x, y, z = (coordinates * 6 - 3).unbind(-1)
     assert (z - torch.tensor((0.35, 0.7))[size.argmax(-1)])[scenes.real].abs().max() < 1e-5
     assert torch.allclose(torch.stack((x, y), -1)[scenes.real], scenes.position[scenes.real], atol=1e-5)
-    # The hue of an object's pixels is its colour's.
+    # The hue of an object's pixels is its color's.
     image = batch[0].flatten(2).float()
     for name in ("red", "green", "blue"):
-        scene, m = ((colour.argmax(-1) == COLOURS.index(name)) & scenes.real).nonzero()[0].tolist()
+        scene, m = ((color.argmax(-1) == COLORS.index(name)) & scenes.real).nonzero()[0].tolist()
         mean = image[scene][:, labels[scene] == 1 + m].mean(1)
         assert ("red", "green", "blue")[mean.argmax()] == name
-    assert (len(SIZES), len(MATERIALS), len(SHAPES), len(COLOURS)) == (2, 2, 3, 8)
+    assert (len(SIZES), len(MATERIALS), len(SHAPES), len(COLORS)) == (2, 2, 3, 8)
 
 
 def test_metal_shines(batch, drawn):
@@ -203,8 +208,8 @@ def test_bad_numbers_of_objects(arguments, error, message):
 
 
 def test_gives_up_clearly(monkeypatch):
-    monkeypatch.setattr(clevr_like, "MIN_PIXELS", 20_000)
-    monkeypatch.setattr(clevr_like, "ATTEMPTS", 20)
+    monkeypatch.setattr(placement, "MIN_PIXELS", 20_000)
+    monkeypatch.setattr(placement, "ATTEMPTS", 20)
     with pytest.raises(RuntimeError, match="2 of 2 scenes not drawn in 20 attempts"):
         ClevrLikeGenerator(2).batch(torch.arange(2))
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import MultiDSpritesGenerator, Scenes, multi_dsprites
-from data.multi_dsprites import VARIANTS
+from data import MultiDSpritesGenerator, Scenes
+from data.datasets import multi_dsprites
+from data.datasets.multi_dsprites import VARIANTS
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -82,21 +83,21 @@ def test_no_sprite_leaves_the_image():
 
 
 @every_variant
-def test_colours_and_numbers(variant):
+def test_colors_and_numbers(variant):
     count = 100
     image, labels = MultiDSpritesGenerator(count, seed=2, variant=variant).batch(torch.arange(count))
     most, seen, backgrounds = labels.max().item(), set(), set()
     for picture, numbers in zip(image.permute(0, 2, 3, 1).numpy(), labels.numpy(), strict=True):
         seen.add(int(numbers.max()))
         for label in np.unique(numbers):
-            (colour,) = np.unique(picture[numbers == label], axis=0)  # one colour each
+            (color,) = np.unique(picture[numbers == label], axis=0)  # one color each
             if label == 0:
-                backgrounds.add(tuple(colour))
-                assert {"binarized": not colour.any(), "colored_on_grayscale": np.ptp(colour) == 0}.get(variant, True)
+                backgrounds.add(tuple(color))
+                assert {"binarized": not color.any(), "colored_on_grayscale": np.ptp(color) == 0}.get(variant, True)
             elif variant == "binarized":
-                assert (colour == 255).all()
+                assert (color == 255).all()
             elif variant == "colored_on_grayscale":
-                _, saturation, value = colorsys.rgb_to_hsv(*colour / 255)
+                _, saturation, value = colorsys.rgb_to_hsv(*color / 255)
                 assert min(saturation, value) > 0.49
     _, fewest, expected = VARIANTS[variant]
     assert most == expected

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Scenes, ShapesGenerator, shapes
+from data import Scenes, ShapesGenerator
+from data.datasets import shapes
 
 PUBLISHED = {
     7: ("XXXXXXX", "XXXXXXX", "XX...XX", "XX...XX", "XX...XX", "XXXXXXX", "XXXXXXX"),

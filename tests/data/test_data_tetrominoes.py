@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import ResidentScenes, Scenes, TetrominoesGenerator, load, random_words, tetrominoes
-from data.tetrominoes import COLOURS, SHAPES, render
+from data import ResidentScenes, Scenes, TetrominoesGenerator, load, random_words
+from data.datasets import tetrominoes
+from data.datasets.tetrominoes import COLORS, SHAPES, render
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "tetrominoes_sample.tfrecords"
 DEVICES = [
@@ -23,17 +24,17 @@ def many():
 
 
 def parse(image, labels):
-    """Shape, colour and corner of each object of one scene, read off its pixels."""
-    shapes, colours, corners = [], [], []
+    """Shape, color and corner of each object of one scene, read off its pixels."""
+    shapes, colors, corners = [], [], []
     for label in range(1, 4):
         pixels = (labels == label).nonzero()
         corner = pixels.amin(0)
         blocks = {tuple(block) for block in ((pixels - corner) // 5).tolist()}
-        colour = image[:, labels == label].amax(1) == 255
+        color = image[:, labels == label].amax(1) == 255
         shapes.append(SHAPES.index(tuple(sorted(blocks))))
-        colours.append(COLOURS.index(tuple(colour.int().tolist())))
+        colors.append(COLORS.index(tuple(color.int().tolist())))
         corners.append(corner)
-    return torch.tensor(shapes), torch.tensor(colours), torch.stack(corners)
+    return torch.tensor(shapes), torch.tensor(colors), torch.stack(corners)
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason="the real scenes are not at hand")
@@ -92,9 +93,9 @@ def test_mix_is_exact_on_any_word(word):
 
 def test_the_stream_stays_what_it_is():
     """Results are quoted with a seed: these scenes must never change."""
-    shapes, colours, corners = tetrominoes._draw(TetrominoesGenerator(60_001).keys(torch.tensor([0, 60_000])))
+    shapes, colors, corners = tetrominoes._draw(TetrominoesGenerator(60_001).keys(torch.tensor([0, 60_000])))
     assert shapes.tolist() == [[16, 8, 0], [16, 12, 14]]
-    assert colours.tolist() == [[2, 3, 3], [1, 5, 5]]
+    assert colors.tolist() == [[2, 3, 3], [1, 5, 5]]
     assert corners.tolist() == [[[9, 18], [3, 6], [27, 10]], [[11, 0], [0, 29], [21, 11]]]
 
 
@@ -129,13 +130,13 @@ def test_every_object_is_whole(many):
 
 def test_distribution():
     count = 20_000
-    shapes, colours, corners = tetrominoes._draw(TetrominoesGenerator(count, seed=3).keys(torch.arange(count)))
-    for values, kinds in ((shapes, 19), (colours, 6)):
+    shapes, colors, corners = tetrominoes._draw(TetrominoesGenerator(count, seed=3).keys(torch.arange(count)))
+    for values, kinds in ((shapes, 19), (colors, 6)):
         expected = count / kinds  # for each of the three objects; six standard deviations
         for column in values.T:
             assert ((column.bincount(minlength=kinds) - expected).abs() < 6 * expected**0.5).all()
-    # Colours are independent, so they repeat: all three alike in one scene of 36.
-    alike = (colours == colours[:, :1]).all(1).double().mean().item()
+    # Colors are independent, so they repeat: all three alike in one scene of 36.
+    alike = (colors == colors[:, :1]).all(1).double().mean().item()
     assert abs(alike - 1 / 36) < 6 * (1 / 36 / count) ** 0.5
     # Every corner that a shape has room for is taken, and none beyond.
     for shape in range(19):

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from data.metrics import adjusted_rand_index, average_precision, mean_best_overlap, mean_iou, mean_squared_error
+from data.metrics import (
+    METRICS,
+    adjusted_rand_index,
+    average_precision,
+    mean_best_overlap,
+    mean_iou,
+    mean_squared_error,
+)
 
 DEVICES = [
     "cpu",
@@ -182,7 +189,7 @@ def test_labels_out_of_range_score_nan(score):
 @pytest.mark.parametrize("numbers", [{}, {"num_true": 2**24, "num_pred": 2**63}], ids=["looked for", "given"])
 @pytest.mark.parametrize("score", SEGMENTATION_SCORES)
 def test_labels_need_not_be_consecutive(score, numbers, ignore_background, device):
-    """As ids packed from the colours of a picture, or hashes: a table of all up to the largest has terabytes."""
+    """As ids packed from the colors of a picture, or hashes: a table of all up to the largest has terabytes."""
     rng = np.random.default_rng(0)
     true, pred = torch.tensor(rng.integers(0, 6, (30, 40))), torch.tensor(rng.integers(0, 9, (30, 40)))
     true[:10] += 1  # scenes without a background
@@ -253,3 +260,19 @@ def test_average_precision_of_bad_input():
         average_precision(objects, objects[:1])
     with pytest.raises(ValueError, match=r"predicted: expected shape \(B, K, 19\), got \(2, 5, 18\)"):
         average_precision(objects[..., 1:], objects)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_table_tells_how_scores_are_computed(name):
+    metric = METRICS[name]
+    assert metric.name == name
+    labels, image = torch.arange(3).repeat(2, 4), torch.rand(2, 3, 4, 4)
+    objects = torch.zeros(2, 3, 19)
+    objects[..., [3, 5, 7, 10, 18]] = 1
+    perfect = {"labels": (labels, labels), "images": (image, image), "objects": (objects, objects)}[metric.compares]
+    wrong = {"labels": (labels, labels * 0), "images": (image, 1 - image), "objects": (-objects, objects)}[
+        metric.compares
+    ]
+    best, worse = (torch.as_tensor(metric.function(*given)).double().mean().item() for given in (perfect, wrong))
+    assert best == (1 if metric.higher_is_better else 0)
+    assert (best > worse) == metric.higher_is_better

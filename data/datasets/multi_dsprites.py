@@ -5,7 +5,7 @@ github.com/deepmind/multi_object_datasets): on a plain 64 x 64 background lie sp
 2017), squares, ellipses and hearts, of which later ones hide earlier ones, now and then altogether. Its factors are
 those of dSprites, independent and uniform: 3 shapes, 6 scales from 0.5 to 1, 40 orientations, 32 places each way. Where
 the description is silent, this file decides: the sprites' sizes at scale 1, places a pixel apart and such that no
-sprite leaves the image, and saturation and value of HSV colours from 0.5 to 1.
+sprite leaves the image, and saturation and value of HSV colors from 0.5 to 1.
 
 A scene is a pure function of (seed, number), bit for bit, in whatever batch and order it is asked for.
 """
@@ -18,10 +18,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .generator import SceneGenerator
-from .random_words import below, high, low, unit, words
+from data.dataset import Dataset
+from data.formats import MULTI_OBJECT_DATASETS, Format
+from data.generator import SceneGenerator
+from data.random_words import below, high, low, unit, words
 
-__all__ = ["VARIANTS", "MultiDSpritesGenerator"]
+__all__ = ["ENTRIES", "VARIANTS", "MultiDSpritesGenerator"]
 
 SIZE = 64  # pixels, height and width of the image
 SHAPES, SCALES, TURNS, PLACES = 3, 6, 40, 32  # how many values each factor has
@@ -60,8 +62,8 @@ class MultiDSpritesGenerator(SceneGenerator):
 
     Args:
         variant: "binarized": 2 or 3 white sprites on black, three equal channels; "colored_on_grayscale": 2 to 5
-            sprites of random HSV colours on a random grey; "colored_on_colored": 1 to 4 sprites and a background of
-            random RGB colours.
+            sprites of random HSV colors on a random gray; "colored_on_colored": 1 to 4 sprites and a background of
+            random RGB colors.
     """
 
     variant: str = "colored_on_grayscale"
@@ -82,7 +84,7 @@ class MultiDSpritesGenerator(SceneGenerator):
         return 1 + VARIANTS[self.variant].most
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes ``first + indices`` on `device`; see `Scenes.batch`.
+        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices. Takes about 280 KB of memory a scene.
         """
@@ -91,19 +93,19 @@ class MultiDSpritesGenerator(SceneGenerator):
         word = words(key, torch.arange(3 + 4 * most, device=key.device))
         count = fewest + below(high(word[:, 0]), most - fewest + 1)
         kind, place, *paint = word[:, 3:].unflatten(1, (most, 4)).unbind(-1)  # (B, M) each
-        background, colours = self._paint(word[:, 1:3], torch.stack(paint, -1))
+        background, colors = self._paint(word[:, 1:3], torch.stack(paint, -1))
 
         image = background[..., None].expand(-1, -1, SIZE * SIZE).contiguous()
         labels = torch.zeros(len(key), SIZE * SIZE, dtype=torch.uint8, device=key.device)
         for m in range(most):
             sprite = _sprite(below(high(kind[:, m]), SHAPES * SCALES * TURNS), below(high(place[:, m]), PLACES**2))
             sprite &= (m < count)[:, None]
-            image = torch.where(sprite[:, None], colours[:, m, :, None], image)
+            image = torch.where(sprite[:, None], colors[:, m, :, None], image)
             labels = torch.where(sprite, m + 1, labels)
         return image.unflatten(-1, (SIZE, SIZE)), labels.unflatten(-1, (SIZE, SIZE))
 
     def _paint(self, background: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """Colours uint8 (B, 3) of the background and (B, M, 3) of the sprites, from words (B, 2) and (B, M, 2)."""
+        """Colors uint8 (B, 3) of the background and (B, M, 3) of the sprites, from words (B, 2) and (B, M, 2)."""
         if self.variant == "binarized":
             return torch.zeros_like(_rgb(background)), torch.full_like(_rgb(sprites), 255)
         if self.variant == "colored_on_colored":
@@ -147,12 +149,12 @@ def _turns(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _rgb(word: Tensor) -> Tensor:
-    """Random colours, uint8 (..., 3), from two words."""
+    """Random colors, uint8 (..., 3), from two words."""
     return below(torch.stack((high(word[..., 0]), low(word[..., 0]), high(word[..., 1])), -1), 256).to(torch.uint8)
 
 
 def _hsv(word: Tensor) -> Tensor:
-    """Colours of random hue, and of random saturation and value from 0.5 to 1, uint8 (..., 3), from two words."""
+    """Colors of random hue, and of random saturation and value from 0.5 to 1, uint8 (..., 3), from two words."""
     hue = 6 * unit(high(word[..., 0]))
     saturation, value = (0.5 + 0.5 * unit(half) for half in (low(word[..., 0]), high(word[..., 1])))
     channels = []
@@ -161,3 +163,17 @@ def _hsv(word: Tensor) -> Tensor:
         k = torch.where(k >= 6, k - 6, k)
         channels.append(value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1)))
     return (torch.stack(channels, -1) * 255 + 0.5).to(torch.uint8)
+
+
+def _entry(variant: str, channels: int, entities: int) -> Dataset:
+    name = VARIANTS[variant].name
+    return Dataset(
+        name,
+        citation='Kabra et al., "Multi-Object Datasets", 2019',
+        origin=MULTI_OBJECT_DATASETS,
+        generator=functools.partial(MultiDSpritesGenerator, variant=variant),
+        file=Format(name, image=(64, 64, channels), mask=(64, 64, entities, 1), entity_axis=2),
+    )
+
+
+ENTRIES = (_entry("colored_on_grayscale", 3, 6), _entry("binarized", 1, 4), _entry("colored_on_colored", 3, 5))

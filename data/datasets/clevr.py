@@ -16,7 +16,6 @@ import itertools
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,40 +25,31 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from .cache import GrowingArrays
-from .properties import COLOURS, MATERIALS, MAX_OBJECTS, NUM_PROPERTIES, SHAPES, SIZES, encode
-from .scenes import progress_bar
-from .tfrecord import DataError
+from data.cache import GrowingArrays
+from data.dataset import Dataset
+from data.errors import DataError
+from data.formats import PictureFolder
+from data.properties import COLORS, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, encode
+from data.scenes import progress_bar
 
-__all__ = ["CLEVR", "PictureFolder", "convert", "stamp"]
+__all__ = ["ENTRIES", "convert", "stamp"]
 
 VERSION = 1  # of the cache; another one is rebuilt
 SPLITS = ("train", "val")
 WIDTH, HEIGHT = 480, 320  # of a picture, in pixels
 BLOCK = 64  # scenes converted at a time
 
-KINDS = {"size": SIZES, "material": MATERIALS, "shape": SHAPES, "color": COLOURS}
+ENTRIES = (
+    Dataset(
+        "clevr",
+        citation='Johnson et al., "CLEVR: A Diagnostic Dataset for Compositional Language and Elementary Visual '
+        'Reasoning", 2017',
+        origin="cs.stanford.edu/people/jcjohns/clevr, CLEVR v1.0",
+        file=PictureFolder(),
+    ),
+)
 
-
-@dataclass(frozen=True)
-class PictureFolder:
-    """What a folder of pictures with known objects holds, once it is converted: as `Format` says of files."""
-
-    size: tuple[int, int] = (128, 128)
-    num_entities: int = 1 + MAX_OBJECTS
-    properties: bool = True
-    masks: bool = False
-
-    @property
-    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """The arrays of converted scenes, by name: type and shape of a scene's row."""
-        return {
-            "image": (np.dtype(np.uint8), (3, *self.size)),
-            "properties": (np.dtype(np.float32), (MAX_OBJECTS, NUM_PROPERTIES)),
-        }
-
-
-CLEVR = PictureFolder()
+KINDS = {"size": SIZES, "material": MATERIALS, "shape": SHAPES, "color": COLORS}
 
 
 def stamp(folder: Path) -> dict[str, Any]:

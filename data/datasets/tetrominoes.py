@@ -2,8 +2,8 @@
 
 The data set is the Tetrominoes of Multi-Object Datasets (Kabra et al., 2019,
 github.com/deepmind/multi_object_datasets): on a black 35 x 35 image lie three tetrominoes of
-four bevelled 5 x 5 blocks each. Shape, colour and position are independent from object to object, so
-colours and shapes repeat within a scene; objects may touch, never overlap.
+four bevelled 5 x 5 blocks each. Shape, color and position are independent from object to object, so
+colors and shapes repeat within a scene; objects may touch, never overlap.
 
 A scene is a pure function of (seed, number): its random words come from hashing a counter
 (SplitMix64), in integer arithmetic alone. So it is the same scene, bit for bit, on a CPU or a GPU,
@@ -17,16 +17,18 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .generator import SceneGenerator
-from .random_words import below, high, low, words
+from data.dataset import Dataset
+from data.formats import MULTI_OBJECT_DATASETS, Format
+from data.generator import SceneGenerator
+from data.random_words import below, high, low, words
 
-__all__ = ["COLOURS", "SHAPES", "TetrominoesGenerator", "render"]
+__all__ = ["COLORS", "ENTRIES", "SHAPES", "TetrominoesGenerator", "render"]
 
 SIZE = 35  # pixels, height and width of the image
 BLOCK = 5  # pixels, side of a block
 OBJECTS = 3
 
-# Brightness of a block in the channels that its colour has; the others stay 0.
+# Brightness of a block in the channels that its color has; the others stay 0.
 BEVEL = (
     (191, 255, 255, 255, 223),
     (127, 159, 159, 159, 191),
@@ -35,8 +37,8 @@ BEVEL = (
     (95, 63, 63, 63, 127),
 )
 
-# Which of red, green and blue a colour has.
-COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
+# Which of red, green and blue a color has.
+COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
 # Attempts at placing a scene's objects. They are made ROUND at a time, and only scenes still
 # unplaced go on to the next round. Six in seven fail, so one scene of 200 needs a second round and
@@ -70,9 +72,9 @@ SHAPES = _fixed_tetrominoes()
 
 @dataclass(frozen=True)
 class TetrominoesGenerator(SceneGenerator):
-    """Tetrominoes scenes number `first` to ``first + num_scenes - 1`` of the stream `seed`.
+    """Tetrominoes scenes number `first` to `first + num_scenes - 1` of the stream `seed`.
 
-    Every object's shape is uniform over the 19 fixed tetrominoes and its colour over red, green,
+    Every object's shape is uniform over the 19 fixed tetrominoes and its color over red, green,
     blue, yellow, magenta and cyan; the positions are uniform over all placements of the scene's
     three shapes at whole pixels, wholly inside the image and without overlap. Follows the
     `Scenes` protocol; see `SceneGenerator` for the arguments.
@@ -83,7 +85,7 @@ class TetrominoesGenerator(SceneGenerator):
     num_entities: ClassVar[int] = 1 + OBJECTS
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes ``first + indices`` on `device`; see `Scenes.batch`.
+        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices and after every round of attempts, of which
         a batch takes one or two. Takes about 15 KB of memory a scene.
@@ -91,23 +93,23 @@ class TetrominoesGenerator(SceneGenerator):
         return render(*_draw(self.keys(indices, device)))
 
 
-def render(shapes: Tensor, colours: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
+def render(shapes: Tensor, colors: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     """Paints scenes of objects that lie inside the image and do not overlap (not checked).
 
     Args:
         shapes: int64 (B, M), numbers into `SHAPES`.
-        colours: int64 (B, M), numbers into `COLOURS`.
+        colors: int64 (B, M), numbers into `COLORS`.
         corners: int64 (B, M, 2), row and column of the top left pixel of each object's bounding box.
 
     Returns:
         image: uint8 (B, 3, 35, 35).
-        labels: uint8 (B, 35, 35), 0 for the background, ``1 + m`` for object m.
+        labels: uint8 (B, 35, 35), 0 for the background, `1 + m` for object m.
     """
     batch, objects = shapes.shape
     tables = _tables(shapes.device)
     places = corners[..., 0] * SIZE + corners[..., 1]
     pixels = (places[..., None] + tables.pixels[shapes]).flatten(1)  # (B, M * 100)
-    paint = tables.colours[colours].transpose(1, 2)[..., None] * tables.bevel  # (B, 3, M, 100)
+    paint = tables.colors[colors].transpose(1, 2)[..., None] * tables.bevel  # (B, 3, M, 100)
     numbers = torch.arange(1, objects + 1, dtype=torch.uint8, device=shapes.device)
     numbers = numbers.repeat_interleave(tables.bevel.numel()).expand(batch, -1)
 
@@ -123,7 +125,7 @@ class _Tables(NamedTuple):
 
     pixels: Tensor  # int64 (S, 100): the pixels of a shape, counted row by row from its corner
     bevel: Tensor  # uint8 (100,): the brightness of those pixels
-    colours: Tensor  # uint8 (6, 3)
+    colors: Tensor  # uint8 (6, 3)
     room: Tensor  # int64 (S, 2): how many rows and columns the corner can lie in
     overlap: Tensor  # bool (S * S * 61 * 61,): do two shapes overlap, by shapes and offset of the corners
 
@@ -148,7 +150,7 @@ def _tables(device: torch.device) -> _Tables:
     tables = _Tables(
         pixels=pixels.flatten(1),
         bevel=torch.tensor(BEVEL, dtype=torch.uint8).flatten().repeat(4),
-        colours=torch.tensor(COLOURS, dtype=torch.uint8),
+        colors=torch.tensor(COLORS, dtype=torch.uint8),
         room=SIZE - BLOCK + 1 - blocks.amax(1),
         overlap=overlap.flatten(),
     )
@@ -156,12 +158,12 @@ def _tables(device: torch.device) -> _Tables:
 
 
 def _draw(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes (B, 3), colours (B, 3) and corners (B, 3, 2) of the scenes with these keys (B,)."""
+    """Shapes (B, 3), colors (B, 3) and corners (B, 3, 2) of the scenes with these keys (B,)."""
     device = key.device
     tables = _tables(device)
 
     kind = words(key, torch.arange(OBJECTS, device=device))  # (B, 3)
-    shapes, colours = below(high(kind), len(SHAPES)), below(low(kind), len(COLOURS))
+    shapes, colors = below(high(kind), len(SHAPES)), below(low(kind), len(COLORS))
 
     corners = torch.empty(*shapes.shape, 2, dtype=torch.int64, device=device)
     pending = torch.arange(len(key), device=device)
@@ -185,4 +187,15 @@ def _draw(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pending = pending[~placed]
     if len(pending):
         raise RuntimeError(f"{len(pending)} of {len(key)} scenes not placed in {ATTEMPTS} attempts")
-    return shapes, colours, corners
+    return shapes, colors, corners
+
+
+ENTRIES = (
+    Dataset(
+        "tetrominoes",
+        citation='Kabra et al., "Multi-Object Datasets", 2019',
+        origin=MULTI_OBJECT_DATASETS,
+        generator=TetrominoesGenerator,
+        file=Format("tetrominoes", image=(35, 35, 3), mask=(4, 35, 35, 1), entity_axis=0, strays=0.0),
+    ),
+)

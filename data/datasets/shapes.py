@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .generator import SceneGenerator
-from .random_words import below, high, low, words
+from data.dataset import Dataset
+from data.generator import SceneGenerator
+from data.random_words import below, high, low, words
 
-__all__ = ["ShapesGenerator"]
+__all__ = ["ENTRIES", "ShapesGenerator"]
 
 SIZE = 28  # pixels, height and width of the image
 OBJECTS = 3
@@ -37,7 +38,7 @@ class ShapesGenerator(SceneGenerator):
     num_entities: ClassVar[int] = 1 + OBJECTS
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes ``first + indices`` on `device`; see `Scenes.batch`.
+        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices. Takes about 50 KB of memory a scene.
         """
@@ -68,3 +69,13 @@ def _outlines(device: torch.device) -> Tensor:
     outlines = torch.zeros(3, 3 * SIZE, 3 * SIZE, dtype=torch.bool)
     outlines[:, SIZE : SIZE + HEIGHT, SIZE : SIZE + max(WIDTHS)] = torch.stack((square, triangle, triangle.flip(0)))
     return outlines.to(device)
+
+
+ENTRIES = (
+    Dataset(
+        "shapes",
+        citation='Greff, van Steenkiste and Schmidhuber, "Neural Expectation Maximization", 2017',
+        origin="github.com/sjoerdvansteenkiste/Neural-EM",
+        generator=ShapesGenerator,
+    ),
+)
