@@ -1,7 +1,7 @@
 """The recipes of CONTRIBUTING.md: their blocks, and a copy of the tree that they are applied to.
 
 A block begins with a comment that names its file. A Python block is that file, new. A diff takes the place of what it
-shows, lines without a mark and those with a minus, which the file has once; without such lines it is the file's new end.
+shows: lines without a mark and those with a minus, which the file has once. Without such lines it is added at the end.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def spans(page: Path) -> list[str]:
 def commands(page: Path) -> list[list[str]]:
     """The commands that a page shows, in blocks and in prose, as words; environment variables before them left out."""
     lines = [line for block in blocks(page, "bash") for line in block.text.replace("\\\n", " ").splitlines()]
-    lines += [span for span in spans(page) if re.match(r"(python|torchrun|pytest)\s", span)]
+    lines += [span for span in spans(page) if re.match(r"(python|torchrun|pytest|ruff)\s", span)]
     parts = [part for line in lines for part in re.split(r"&&|\||;", line)]
     split = (shlex.split(part, comments=True) for part in parts)
     return [words for words in split if words and "..." not in words]

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from families import Locatello
 from torch import nn
 
 import data.__main__ as data_command
+from iio_kernels.testing.families.locatello import Locatello
 from models import iem
-from train import Config
+from training.config import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import PAGES, ROOT, anchors, blocks, commands, links, name, prose, spans
@@ -144,14 +144,14 @@ def take(words: list[str], config: pytest.Config) -> None:
     if words[0] == "pytest":
         return check_pytest(words[1:], config)
     if words[:2] == ["python", "-m"]:
-        module, arguments = words[2], words[3:]
+        module, arguments = words[2], words[3:] or ["--help"]
         assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
         if module == "data":
             parse(arguments, data_command.main)
         elif module == "models.iem":
             parse(arguments, iem.Arguments)
         elif module.startswith("bench."):
-            parse(arguments[1:], Config)  # behind the folder, options of train.py
+            parse([] if words[3:] == [] else arguments[1:], Config)  # behind the folder, options of train.py
         return None
     assert words[0] in ("pip", "bench/gpu.sh", "mypy", "ruff", "git", "head"), f"not known: {words}"
     if "-e" in words:
