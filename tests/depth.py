@@ -7,8 +7,10 @@ backend, and every module a test, in minutes.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,16 @@ ROOT = Path(__file__).parents[1]
 #: Of which a test's case may name one.
 BACKENDS = ("cpu", "triton", "cuda", "reference", "written_out")
 #: These serve every test: a change of theirs touches all.
-SHARED = ("tests/conftest.py", "tests/depth.py", "pyproject.toml", ".ci/run")
+SHARED = ("tests/conftest.py", "tests/depth.py", "tests/serving.py", "pyproject.toml", ".ci/run")
+#: Whether the run takes the whole suite, which has time for more examples of each kind.
+if "--deep" in sys.argv:
+    os.environ["IIO_KERNELS_TESTS"] = "deep"  # pytest-xdist's processes do not see the command line
+DEEP = os.environ.get("IIO_KERNELS_TESTS") == "deep"
+
+
+def examples(number: int) -> int:
+    """How many examples hypothesis draws of one test: a fifth where the run does not take the whole suite."""
+    return number if DEEP else max(5, number // 5)
 
 
 def add_options(parser: pytest.Parser) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from iio_kernels.runtime.build_errors import BuildError, one_line
 from iio_kernels.runtime.libraries import Edge
@@ -55,13 +56,13 @@ def ninja_file(edges: Sequence[Edge]) -> str:
     """A build.ninja of the edges: a rule each, for each has a command of its own."""
     from ninja import ninja_syntax
 
-    text = io.StringIO()
+    text: Any = io.StringIO()  # ninja's own types ask for a str, to which none could write
     writer = ninja_syntax.Writer(text, width=sys.maxsize)  # where a line is wrapped, spaces in names would be lost
     for number, edge in enumerate(edges):
         depfile, deps = (f"{edge.output}.d", "gcc") if edge.compiles else (None, None)
         command = ninja_syntax.escape(" ".join(map(shlex.quote, edge.command)))
         writer.rule(f"edge{number}", command, depfile=depfile, deps=deps)
-        writer.build(edge.output, f"edge{number}", list(edge.inputs))
+        writer.build([edge.output], f"edge{number}", list(edge.inputs))
     return text.getvalue()
 
 

@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Decorate a function that torch.compile is to call as it is. `torch.compiler.disable` does the same, but imports the
 #: whole of torch.compile, and Triton with it, with the file that it stands in: that takes seconds.
-disable_compile: Callable[[F], F] = _disable_dynamo
+disable_compile: Any = _disable_dynamo
 
 
 def constant_when_compiled(function: F) -> F:

@@ -13,9 +13,11 @@ from typing import Any
 import literal
 import pytest
 import torch
-from conftest import SERVING, assert_refused, examples
+from comparing import assert_refused
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import SERVING
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

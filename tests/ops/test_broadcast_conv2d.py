@@ -9,9 +9,11 @@ import literal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SERVING, assert_refused, comparison, examples
+from comparing import assert_refused, comparison
+from depth import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from serving import SERVING
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

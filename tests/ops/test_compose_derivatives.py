@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import comparison
+from comparing import comparison
 
 from iio_kernels import compose, composition_error
 from iio_kernels.testing.compose import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import comparison
+from comparing import comparison
 from marks import each_dtype, kernels_alone
 from torch import Tensor
 

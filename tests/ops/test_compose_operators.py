@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import comparison
+from comparing import comparison
 from marks import NAMESPACES, compiles, kernels_alone
 
 from iio_kernels import compose, composition_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_refused
+from comparing import assert_refused
 from torch import Tensor
 
 from iio_kernels import compose, composition_error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import test_slot_attention
 import torch
-from conftest import examples
 from cpu_operators import (
     F32,
     _one_thread,  # noqa: F401
     threads,
 )
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import examples
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import each_dtype

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_refused, examples
+from comparing import assert_refused
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import DTYPES, compiles, each_dtype

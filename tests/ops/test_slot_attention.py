@@ -5,7 +5,8 @@ from __future__ import annotations
 import literal
 import pytest
 import torch
-from conftest import comparison, examples
+from comparing import comparison
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -5,9 +5,11 @@ from __future__ import annotations
 import literal
 import pytest
 import torch
-from conftest import SERVING, assert_refused, comparison, examples
+from comparing import assert_refused, comparison
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import SERVING
 from torch import Tensor
 
 import iio_kernels.ops.slot_attention_module.api as operation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import comparison
+from comparing import comparison
 from marks import NAMESPACES, kernels_alone
 
 from iio_kernels import spatial_mixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import comparison
+from comparing import comparison
 from marks import NAMESPACES
 
 from iio_kernels import MixtureFunction, mixture_log_likelihood, spatial_mixture

@@ -9,7 +9,7 @@ import test_broadcast_conv2d
 import test_slot_attention
 import test_slot_attention_module
 import torch
-from conftest import DEEP
+from depth import DEEP
 from torch import Tensor
 
 from iio_kernels import slot_attention, slot_attention_from_inputs, spatial_mixture
