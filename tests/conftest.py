@@ -7,10 +7,15 @@ import os
 # Before CUDA starts: deterministic algorithms, below, need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import depth
 import pytest
 import torch
-from serving import DEVICES, SERVING  # before Triton starts: without a GPU its kernels run in its interpreter
+
+# Before Triton starts: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import depth
+from serving import DEVICES, SERVING
 
 from iio_kernels.runtime.backends import BACKENDS
 

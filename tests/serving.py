@@ -10,14 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import cuda_on_host
 import numpy as np
 import torch
-
-# Before Triton starts: without a GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import cuda_on_host
 
 from iio_kernels.runtime import triton_support
 from iio_kernels.runtime.backends import BACKENDS, OPERATIONS, Backend
