@@ -62,7 +62,7 @@ def compose(decoded: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tens
     """
     _check(decoded)
     name = backends.choose("compose", backend, decoded.device)
-    reconstruction, masks, _ = _compose(Operands(decoded, None), Wanted(reconstruction=True, masks=True), name)
+    reconstruction, masks, _ = _compose(decoded, None, True, True, name)
     return reconstruction, masks
 
 
@@ -124,8 +124,7 @@ def composition_error(
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.flag("return_masks", return_masks)
     name = backends.choose("compose", backend, checks.same_device(image=image, decoded=decoded))
-    wanted = Wanted(reconstruction=False, masks=return_masks)
-    _, masks, errors = _compose(Operands(decoded, image), wanted, name)
+    _, masks, errors = _compose(decoded, image, False, return_masks, name)
     error = errors if reduction == "none" else errors.mean() if reduction == "mean" else errors.sum()
     return (error, masks) if return_masks else error
 
@@ -162,11 +161,13 @@ class CompositionFunction(torch.autograd.Function):
         return d_decoded, d_image, None, None, None
 
 
-def _compose(operands: Operands, wanted: Wanted, backend: str) -> tuple[Any, Any, Any]:
+def _compose(
+    decoded: Tensor, image: Tensor | None, return_reconstruction: bool, return_masks: bool, backend: str
+) -> tuple[Any, Any, Any]:
     """`CompositionFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
     if backend == "reference":
-        return reference.forward(operands, wanted)
-    return CompositionFunction.apply(*operands, *wanted, backend)
+        return reference.forward(Operands(decoded, image), Wanted(return_reconstruction, return_masks))
+    return CompositionFunction.apply(decoded, image, return_reconstruction, return_masks, backend)
 
 
 def _check(decoded: Tensor, image: Tensor | None = None) -> None:

@@ -35,7 +35,7 @@ def define(namespace: str) -> None:
     not_differentiable_by_itself(f"{namespace}::composition_forward")
 
 
-def calls(namespace: str, inputs: Callable[[Operands], Operands]) -> tuple[Callable, Callable]:
+def calls(namespace: str, inputs: Callable[[Operands], tuple[Tensor, Tensor | None]]) -> tuple[Callable, Callable]:
     """Define the operators in a namespace: what calls them there, `forward` and `backward` as in reference.py.
 
     `inputs` makes of the operands what that namespace's kernels read.

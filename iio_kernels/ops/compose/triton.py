@@ -122,12 +122,12 @@ def _composition_backward(
     return d_decoded, d_image
 
 
-def _inputs(operands: Operands) -> Operands:
+def _inputs(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """Both as they are stored; but what meets a float64 becomes one."""
     if operands.dtype() != torch.float64:
         return operands
     decoded, image = operands
-    return Operands(decoded.double(), None if image is None else image.double())
+    return decoded.double(), None if image is None else image.double()
 
 
 forward, backward = schema.calls("iio_kernels_triton", _inputs)

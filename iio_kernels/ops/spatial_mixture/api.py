@@ -104,9 +104,7 @@ def spatial_mixture(image: Tensor, decoded: Tensor, *, sigma: float = 0.1, backe
     _check(image, decoded, least_slots=2)
     sigma = checks.number("sigma", sigma, above=0)
     name = backends.choose("spatial_mixture", backend, checks.same_device(image=image, decoded=decoded))
-    log_likelihood, masks, posterior, leave_one_out, d_decoded = _mix(
-        Operands(image, decoded), Options(sigma, everything=True), name
-    )
+    log_likelihood, masks, posterior, leave_one_out, d_decoded = _mix(image, decoded, sigma, True, name)
     d_means, d_logits = d_decoded[:, :, :-1], d_decoded[:, :, -1]
     return SpatialMixture(log_likelihood, masks, posterior, leave_one_out, d_decoded, d_means, d_logits)
 
@@ -141,7 +139,7 @@ def mixture_log_likelihood(image: Tensor, decoded: Tensor, *, sigma: float = 0.1
     _check(image, decoded, least_slots=1)
     sigma = checks.number("sigma", sigma, above=0)
     name = backends.choose("spatial_mixture", backend, checks.same_device(image=image, decoded=decoded))
-    return _mix(Operands(image, decoded), Options(sigma, everything=False), name)[0]
+    return _mix(image, decoded, sigma, False, name)[0]
 
 
 @signature_kept
@@ -182,13 +180,17 @@ class MixtureFunction(torch.autograd.Function):
         return d_image, d_decoded, None, None, None
 
 
-def _mix(operands: Operands, options: Options, backend: str) -> tuple[Any, Any, Any, Any, Any]:
+def _mix(
+    image: Tensor, decoded: Tensor, sigma: float, everything: bool, backend: str
+) -> tuple[Any, Any, Any, Any, Any]:
     """`MixtureFunction.apply`, but the reference is differentiated by autograd itself, any number of times."""
     if backend == "reference":
-        log_likelihood, masks, posterior, *constant = reference.forward(operands, options)
+        log_likelihood, masks, posterior, *constant = reference.forward(
+            Operands(image, decoded), Options(sigma, everything)
+        )
         leave_one_out, d_decoded = (None if x is None else x.detach() for x in constant)
         return log_likelihood, masks, posterior, leave_one_out, d_decoded
-    return MixtureFunction.apply(*operands, *options, backend)
+    return MixtureFunction.apply(image, decoded, sigma, everything, backend)
 
 
 def _check(image: Tensor, decoded: Tensor, least_slots: int) -> None:

@@ -162,9 +162,12 @@ def _mixture_backward(
     return d_image, d_decoded
 
 
-def _inputs(operands: Operands) -> Operands:
+def _inputs(operands: Operands) -> tuple[Tensor, Tensor]:
     """Both as they are stored; but what meets a float64 becomes one."""
-    return Operands(*(x.double() for x in operands)) if operands.dtype() == torch.float64 else operands
+    if operands.dtype() != torch.float64:
+        return operands
+    image, decoded = operands
+    return image.double(), decoded.double()
 
 
 #: Which of forward's results backward reads: none, exponentials take less time than reading what they gave.
