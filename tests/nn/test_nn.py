@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import iio_kernels.nn as operation
-from iio_kernels.nn import SlotAttention
+from iio_kernels.nn import SlotAttention, iterations
 
 NAN = float("nan")
 # torch.compile itself makes an instance of every Function that it traces.
@@ -244,8 +243,8 @@ def test_which_options_are_one_operator(name, monkeypatch):
         calls.append(iterations)
         return slots_after(x, slots, weights, iterations, **options)
 
-    slots_after = operation.slot_attention_module
-    monkeypatch.setattr(operation, "slot_attention_module", spy)
+    slots_after = iterations.slot_attention_module
+    monkeypatch.setattr(iterations, "slot_attention_module", spy)
     make(**OPTIONS[name])(*example())
     assert calls == IN_ONE.get(name, [])
 
