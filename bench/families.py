@@ -1,9 +1,9 @@
 """How much faster other people's slot attention becomes: python3 -m bench.families [NAME...] [--json FILE]
 
-For each module of the field (iio_kernels/testing/families) at its published size: whether `accelerate` finds and proves
-it, and forward and backward of the module's own code against the accelerated one, medians of interleaved rounds on this
-machine. "Bound" is the ratio that would be reached if attention and projections took no time at all: what is left is
-the normalisation of inputs, GRU and MLP, which are the module's own.
+For each module of the field (iio_kernels/testing/families) at its published size: whether `accelerate` finds and
+proves it, and forward and backward of the module's own code against the accelerated one, medians of interleaved rounds
+on this machine. "Bound" is the ratio that would be reached if attention and projections took no time at all: what is
+left is the normalisation of inputs, GRU and MLP, which are the module's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from iio_kernels import accelerate, restore
-from iio_kernels.acceleration.replacement.call import Call, arranged
+from iio_kernels.acceleration.replacement.call import Call, Result, arranged
 from iio_kernels.testing.families import FAMILIES, OUTSIDE
 from iio_kernels.testing.families.family import Family
 from training.files import write
@@ -42,18 +42,19 @@ def step(model: nn.Module, args: tuple, kwargs: dict) -> float:
     return time.perf_counter() - start
 
 
-def nothing(call: Call, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+def nothing(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
     """In the place of attention: results of its shapes that depend on its operands, without its work."""
     sizes = call.sizes_of(tensors)
     some = sum(x.flatten()[0] for x in tensors if x.is_floating_point())
 
-    def like(layouts: tuple, dtype: torch.dtype) -> Tensor:
-        have = tuple((axis,) for dim in layouts[1] for axis in dim)
-        x = some.to(dtype).expand([sizes[axis] for (axis,) in have])
-        return arranged(x, have, layouts[1], sizes).clone()
+    def like(result: Result) -> Tensor:
+        own = (
+            sizes if result.part is None else sizes | dict.fromkeys(result.layout[-2], result.part[1] - result.part[0])
+        )
+        have = tuple((axis,) for dim in result.wanted for axis in dim)
+        return arranged(some.to(result.dtype).expand([own[axis] for (axis,) in have]), have, result.wanted, own).clone()
 
-    update = like(call.update, call.dtypes[0])
-    return update, like(call.attention, call.dtypes[1]) if call.return_attention else None
+    return tuple(map(like, (*call.updates, *((call.attention,) if call.return_attention else ()))))
 
 
 def measure(family: Family) -> dict[str, Any]:
