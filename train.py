@@ -21,10 +21,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import tyro
-
 from data import Scenes
-from training.config import Config, several
+from training.config import Config, from_command_line, several
 from training.console import open_standard_streams
 from training.endings import explained_endings
 from training.memory import keep_freed_memory
@@ -42,7 +40,7 @@ from training.weights import check_weights
 
 def main() -> None:
     open_standard_streams()
-    given = tyro.cli(Config)
+    given = from_command_line()
     keep_freed_memory()
     with explained_endings() as place, ExitStack() as claims:
         # The options: those of the run to resume, or those given and the preset's.

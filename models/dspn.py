@@ -14,11 +14,16 @@ order. The last number, "real", is the paper's mask feature.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.properties import NUM_PROPERTIES
+from models.recipe import SMOKE, Recipe
+from models.scene import signed
+from models.set_prediction import set_loss
 
 #: Of the representation loss of the true set, beside the set loss as a mean over the M pairs.
 REPRESENTATION_WEIGHT = 0.1
@@ -141,13 +146,13 @@ class DSPN(nn.Module):
     def forward(
         self, image: Tensor, *, noise: Tensor | None = None, stepwise: bool = False, objects: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict the objects of images (B, 3, H, W) in [-1, 1]: Y^(T) (B, K, 19), the last number in [0, 1].
+        """Predict the objects of images (B, 3, H, W) in [0, 1]: Y^(T) (B, K, 19), the last number in [0, 1].
 
         `stepwise` gives those after every step, (T, B, K, 19). With the true `objects` (B, M, 19) it returns the scalar
         L(objects), mean over B, as well. Under autocast the image encoder alone takes the lower precision: the descent
         magnifies rounding. `noise` (B, 0) is taken from whoever trains all models alike.
         """
-        z = self.image_encoder(image)
+        z = self.image_encoder(signed(image))
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.start.dtype)
             steps = self.descend(z)
@@ -174,3 +179,42 @@ class DSPN(nn.Module):
 def valid(objects: Tensor) -> Tensor:
     """The objects with their last number, how real they are, clamped to [0, 1]."""
     return torch.cat([objects[..., :-1], objects[..., -1:].clamp(0, 1)], -1)
+
+
+def loss_and_parts(
+    made: Tensor | tuple[Tensor, Tensor], objects: Tensor, coordinate_scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The set loss of what the model made of images and their objects, and the representation loss of these."""
+    predicted, representation = made
+    loss = set_loss(predicted, objects, coordinate_scale)
+    parts = {"loss": loss.detach(), "representation": representation.detach()}
+    # Weighted beside a mean over the pairs, of which `set_loss` is the sum.
+    return loss + REPRESENTATION_WEIGHT * predicted.shape[-2] * representation, parts
+
+
+def build(resolution: tuple[int, int], *, channels: int, slot_size: int, num_slots: int, iterations: int) -> DSPN:
+    """The network that `train.py` trains."""
+    return DSPN(resolution, channels=channels, latent_size=slot_size, num_slots=num_slots, iterations=iterations)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper, and the options of the published code.
+    "paper": dict(
+        epochs=100, num_scenes=70_000, eval_scenes=15_000,
+        channels=64, slot_size=512, iterations=10, batch_size=32,
+        optimizer="adam", lr=3e-4, warmup_steps=0, half_life=10**9, clip=0.0, initial_weights="own",
+    ),
+    "quick": dict(
+        steps=5000, num_scenes=10_000, eval_scenes=320,
+        channels=16, slot_size=128, iterations=5, batch_size=16,
+        optimizer="muon", lr=2e-3, warmup_steps=100, half_life=1800, clip=1.0, initial_weights="own",
+    ),
+    "smoke": SMOKE | dict(num_scenes=64, eval_scenes=16, channels=8, slot_size=16, iterations=2),
+}  # fmt: skip
+
+RECIPES = (
+    Recipe(
+        "dspn", "DSPN", "Zhang et al. 2019", "set-prediction", build, PRESETS,
+        fixed_slots=True, set_loss=loss_and_parts, sees_objects=True,
+    ),
+)  # fmt: skip

@@ -27,41 +27,20 @@ refinement network cosines, but on CLEVR), and ELU after every layer of its MLP 
 the text is silent the program decides: v is a softplus, the refinement network's convolutions are as large as the
 decoder's, lambda begins as learnt numbers that all slots share, and initial weights are Sonnet's
 (`models.initial_weights`). Ours is where lambda begins: uniform in [-0.5, 0.5].
-
-Images come in [-1, 1], as everywhere here, and are explained in [0, 1], as there.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iio_kernels
-
-
-class Scene(NamedTuple):
-    """What IODINE makes of a batch of images, after the last iteration."""
-
-    decoded: Tensor
-    """(B, K, 4, H, W): each slot's picture in [-1, 1] (not clamped) and, last, the logit of its mask."""
-    posterior: Tensor
-    """(B, K, 2 D): lambda, the mean m of each slot's latent and, behind it, what a softplus makes its variance v."""
-    loss: Tensor
-    """Scalar: the weighted sum of all L_t in nats, mean over images."""
-
-    def compose(self) -> tuple[Tensor, Tensor]:
-        """The reconstruction (B, 3, H, W), the mixture's mean, and the masks (B, K, H, W), a softmax over K."""
-        return iio_kernels.compose(self.decoded)
-
-    def objective(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the masks, and the mean squared error of the reconstruction of `image`, of a sequence its last."""
-        image = image[:, -1] if image.dim() == 5 else image
-        error, masks = iio_kernels.composition_error(image, self.decoded, return_masks=True)
-        return self.loss, masks, error
+from models.recipe import SMOKE, Recipe
+from models.scene import Scene, signed
 
 
 def coordinates(resolution: tuple[int, int]) -> Tensor:
@@ -279,7 +258,7 @@ class IODINE(nn.Module):
         iterations: int | None = None,
         noise: Tensor | None = None,
     ) -> Scene:
-        """Explain images (B, 3, H, W) in [-1, 1], or sequences (B, n, 3, H, W) of them, a frame for each L_t.
+        """Explain images (B, 3, H, W) in [0, 1], or sequences (B, n, 3, H, W) of them, a frame for each L_t.
 
         Of a sequence, L_t is that of frame t, which then improves lambda_t: each frame is predicted from those before
         it, and the scene is the prediction of the last.
@@ -311,7 +290,7 @@ class IODINE(nn.Module):
                 posterior, state = self.refinement(x, decoded, mixture, posterior, d_posterior, state)
 
         pictures, mask_logits = decoded.split([3, 1], 2)
-        return Scene(torch.cat([pictures * 2 - 1, mask_logits], 2), posterior, loss)
+        return Scene(torch.cat([signed(pictures), mask_logits], 2), posterior, loss=loss)
 
     def prepare(
         self, image: Tensor, num_slots: int | None, iterations: int | None, noise: Tensor | None
@@ -340,10 +319,68 @@ class IODINE(nn.Module):
                 f"image: expected {n} frames for {n - self.num_losses(0)} iterations, got shape {tuple(image.shape)}"
             )
         frames = image if image.dim() == 5 else image.unsqueeze(1).expand(-1, n, -1, -1, -1)
-        return frames * 0.5 + 0.5, noise
+        return frames, noise
 
 
 def moments(posterior: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (.., D) of a latent with parameters lambda (.., 2 D)."""
     mean, before_softplus = posterior.chunk(2, -1)
     return mean, F.softplus(before_softplus)
+
+
+def build(
+    resolution: tuple[int, int],
+    *,
+    channels: int,
+    kernel_size: int,
+    input_size: int,
+    slot_size: int,
+    num_slots: int,
+    iterations: int,
+    pixel_sigma: float,
+    iodine_source: Literal["text", "program"],
+    network_of: str,
+) -> IODINE:
+    """The network that `train.py` trains: `network_of` a data set, but for the sizes that are given."""
+    published = (IODINE.configurations if iodine_source == "text" else IODINE.program)[network_of]
+    own = dict(
+        resolution=resolution, latent_size=slot_size, channels=channels, kernel_size=kernel_size, sigma=pixel_sigma,
+        refinement_channels=input_size, refinement_kernel_size=published["kernel_size"],
+        mlp_sizes=(4 * input_size,) * len(published["mlp_sizes"]), num_slots=num_slots, iterations=iterations,
+    )  # fmt: skip
+    return IODINE(**published | own)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Appendix C as printed, of Tetrominoes; the program's recipe differs (see the module), but for initial weights, on
+    # which the text is silent. Fine-tuning is ours.
+    "paper": dict(
+        steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320, iodine_source="text",
+        channels=32, kernel_size=5, input_size=32, slot_size=32, iterations=5, pixel_sigma=0.1, batch_size=32,
+        optimizer="adam", lr=3e-4, fine_tune_lr=3e-4, warmup_steps=0, half_life=10**9, clip=5.0,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3, initial_weights="sonnet",
+    ),
+    "quick": dict(
+        steps=6000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320, iodine_source="program",
+        channels=16, kernel_size=3, input_size=64, slot_size=32, iterations=3, pixel_sigma=0.3, batch_size=8,
+        optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=3000, clip=5.0,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="own",
+    ),
+    "smoke": SMOKE | dict(
+        channels=8, kernel_size=3, input_size=8, slot_size=8, iterations=2, pixel_sigma=0.3, clip=5.0,
+        iodine_source="program",
+    ),
+}  # fmt: skip
+
+#: The sizes of the text.
+PUBLISHED = {
+    ("paper", "multi-dsprites"): dict(slot_size=16),
+    ("paper", "clevr6"): dict(slot_size=64, channels=64, input_size=64, kernel_size=3),
+}
+
+RECIPES = (
+    Recipe(
+        "iodine", "IODINE", "Greff et al. 2019", "discovery", build, PRESETS, PUBLISHED,
+        least_slots=2, unsaid={"iodine_source": "program"},
+    ),
+)  # fmt: skip

@@ -7,15 +7,13 @@ a variational autoencoder of one component reconstructs picture and mask under e
 
 Encoder, decoder and U-Net are those of the paper's appendix B; the U-Net's widths, on which it is silent, are those of
 the GENESIS authors' port (Engelcke et al. 2020). The published initial weights are `models.initial_weights.as_sonnet`.
-Images come in [-1, 1], as everywhere here, and are explained in
-[0, 1], as there.
 """
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +21,8 @@ from torch import Tensor, nn
 
 import iio_kernels
 from models.iodine import coordinates
-
-
-class Scene(NamedTuple):
-    """What MONet makes of a batch of images."""
-
-    decoded: Tensor
-    """(B, K, 4, H, W): each slot's picture in [-1, 1] (not clamped) and, last, the attention's log m_k. That is a logit
-    of m_k, as all of them sum to one."""
-    latents: Tensor
-    """(B, K, D): z, drawn from q(z | x, m)."""
-    loss: Tensor
-    """Scalar, in nats: summed over pixels, mean over images."""
-
-    def compose(self) -> tuple[Tensor, Tensor]:
-        """The reconstruction (B, 3, H, W), and the attention's masks (B, K, H, W), that weight the pictures."""
-        return iio_kernels.compose(self.decoded)
-
-    def objective(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the masks, and the mean squared error of the reconstruction of `image` (B, 3, H, W)."""
-        error, masks = iio_kernels.composition_error(image, self.decoded, return_masks=True)
-        return self.loss, masks, error
+from models.recipe import SMOKE, Recipe
+from models.scene import Scene, signed
 
 
 class Block(nn.Module):
@@ -182,7 +161,7 @@ class MONet(nn.Module):
         return self.num_slots, self.latent_size
 
     def forward(self, image: Tensor, *, num_slots: int | None = None, noise: Tensor | None = None) -> Scene:
-        """Explain images (B, 3, H, W) in [-1, 1].
+        """Explain images (B, 3, H, W) in [0, 1].
 
         The latents are drawn by standard normal `noise` (B, K, D) where given, which then says K, or else by torch's
         own random numbers, for `num_slots` slots.
@@ -199,14 +178,13 @@ class MONet(nn.Module):
             raise ValueError(
                 f"noise: expected shape (B, K, {D}) to match image {tuple(image.shape)}, got {tuple(noise.shape)}"
             )
-        x = image * 0.5 + 0.5
-        log_masks = self.attend(x, noise.shape[1])
-        seen = torch.cat([x.unsqueeze(1).expand(-1, noise.shape[1], -1, -1, -1), log_masks.unsqueeze(2)], 2)
+        log_masks = self.attend(image, noise.shape[1])
+        seen = torch.cat([image.unsqueeze(1).expand(-1, noise.shape[1], -1, -1, -1), log_masks.unsqueeze(2)], 2)
         mean, log_deviation = (y.to(noise.dtype) for y in self.encoder(seen))
         z = mean + log_deviation.exp() * noise
         decoded = self.decoder(z)
-        loss = self.loss(x, log_masks, mean, log_deviation, decoded)
-        return Scene(torch.cat([decoded[:, :, :3] * 2 - 1, log_masks.unsqueeze(2)], 2), z, loss)
+        loss = self.loss(image, log_masks, mean, log_deviation, decoded)
+        return Scene(torch.cat([signed(decoded[:, :, :3]), log_masks.unsqueeze(2)], 2), z, loss=loss)
 
     def attend(self, x: Tensor, num_slots: int) -> Tensor:
         """log m_k (B, K, H, W): of the scope that is left, slot k takes alpha_k, and the last all.
@@ -233,3 +211,44 @@ class MONet(nn.Module):
         latents = 0.5 * (mean.square() + (2 * log_deviation).exp() - 1 - 2 * log_deviation).sum((1, 2))
         masks = (log_masks.exp() * (log_masks - mask_logits.log_softmax(1))).sum((1, 2, 3))
         return (reconstruction + self.beta * latents + self.gamma * masks).mean()
+
+
+def build(
+    resolution: tuple[int, int],
+    *,
+    channels: int,
+    slot_size: int,
+    num_slots: int,
+    pixel_sigma: float,
+    background_sigma: float,
+) -> MONet:
+    """The network that `train.py` trains: blocks halve images to 4 to 7 pixels, the published 5 of 64, 6 of 128."""
+    return MONet(
+        resolution, latent_size=slot_size, channels=channels, blocks=min(resolution).bit_length() - 2,
+        sigma_first=background_sigma, sigma=pixel_sigma, num_slots=num_slots,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Appendix B, as printed, with the deviation of initial weights that is Sonnet's.
+    "paper": dict(
+        steps=1_000_000, fine_tune_steps=100_000, num_scenes=60_000, eval_scenes=320,
+        channels=32, slot_size=16, pixel_sigma=0.11, background_sigma=0.09, batch_size=64,
+        optimizer="rmsprop", lr=1e-4, fine_tune_lr=1e-4, warmup_steps=0, half_life=10**9, clip=0.0,
+        fine_tune_warmup_steps=0, margin=4e-4, hinge_scale=1e3, initial_weights="sonnet",
+    ),
+    "quick": dict(
+        steps=4000, fine_tune_steps=1000, num_scenes=60_000, eval_scenes=320,
+        channels=16, slot_size=16, pixel_sigma=0.11, background_sigma=0.09, batch_size=8,
+        optimizer="muon", lr=1e-3, fine_tune_lr=5e-4, warmup_steps=100, half_life=2500, clip=5.0,
+        fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="own",
+    ),
+    "smoke": SMOKE | dict(channels=8, slot_size=8, pixel_sigma=0.11, background_sigma=0.09),
+}  # fmt: skip
+
+RECIPES = (
+    Recipe(
+        "monet", "MONet", "Burgess et al. 2019", "discovery", build, PRESETS,
+        least_slots=2, unsaid={"pixel_sigma": 0.11, "background_sigma": 0.09},
+    ),
+)  # fmt: skip

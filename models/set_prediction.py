@@ -1,6 +1,6 @@
 """Set prediction (Locatello et al. 2020, section 4.2): the properties of all objects of an image, in no order.
 
-A CNN, Slot Attention and an MLP on each slot (supplement, section E). Images are (B, 3, H, W) in [-1, 1]. A scene's
+A CNN, Slot Attention and an MLP on each slot (supplement, section E). Images are (B, 3, H, W) in [0, 1]. A scene's
 objects are (M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3) and colour (8) one-hot, and 1 for an
 object; rows of zeros fill up scenes with fewer than M.
 """
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from data.properties import NUM_PROPERTIES
 from iio_kernels.nn import SlotAttention
+from models import slot_attention
+from models.recipe import Recipe
+from models.scene import signed
 from models.slot_attention import Encoder
-from models.slot_mlp import PROPERTY_PREDICTION, SlotMLP
+from models.slot_mlp import PROPERTY_PREDICTION, SlotMLP, as_baseline
 
 
 class SetPredictor(nn.Module):
@@ -74,12 +77,12 @@ class SetPredictor(nn.Module):
         )
 
     def forward(self, image: Tensor, *, noise: Tensor | None = None, stepwise: bool = False) -> Tensor:
-        """Predict the objects of images (B, 3, H, W) in [-1, 1]: (B, K, 19), each number in (0, 1).
+        """Predict the objects of images (B, 3, H, W) in [0, 1]: (B, K, 19), each number in (0, 1).
 
         The initial slots are drawn by standard normal `noise` (B, K, D), or by torch's own random numbers. `stepwise`
         puts the predictions after every iteration in front: (T, B, K, 19).
         """
-        inputs = self.encoder(image)
+        inputs = self.encoder(signed(image))
         if isinstance(self.slots, SlotMLP):
             slots = self.slots(inputs)
             return self.predict(slots.unsqueeze(0) if stepwise else slots)
@@ -131,3 +134,73 @@ def set_loss(predicted: Tensor, objects: Tensor, coordinate_scale: float = 1.0) 
     rows, columns = pairs.view(len(cost), 2, -1).to(cost.device).unbind(1)
     chosen = cost[torch.arange(len(cost), device=cost.device).unsqueeze(1), rows, columns]
     return chosen.sum(1).mean()
+
+
+def loss_and_parts(predicted: Tensor, objects: Tensor, coordinate_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """`set_loss`, and what of it is logged."""
+    loss = set_loss(predicted, objects, coordinate_scale)
+    return loss, {"loss": loss.detach()}
+
+
+def build(
+    resolution: tuple[int, int],
+    *,
+    channels: int,
+    kernel_size: int,
+    downsample: int,
+    input_size: int,
+    slot_size: int,
+    num_slots: int,
+    iterations: int,
+    gradient: str = "unrolled",
+    neumann_terms: int = 0,
+) -> SetPredictor:
+    """The predictor with Slot Attention that `train.py` trains."""
+    return SetPredictor(
+        resolution, channels=channels, kernel_size=kernel_size, downsample=downsample, input_size=input_size,
+        slot_size=slot_size, num_slots=num_slots, iterations=iterations,
+        slot_attention={"gradient": gradient, "neumann_terms": neumann_terms},
+    )  # fmt: skip
+
+
+def build_baseline(
+    resolution: tuple[int, int],
+    *,
+    channels: int,
+    kernel_size: int,
+    downsample: int,
+    input_size: int,
+    slot_size: int,
+    num_slots: int,
+) -> SetPredictor:
+    """The predictor with Slot MLP that `train.py` trains."""
+    return SetPredictor(
+        resolution, channels=channels, kernel_size=kernel_size, downsample=downsample, input_size=input_size,
+        slot_size=slot_size, num_slots=num_slots, slots="mlp",
+    )  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The supplement, section E: 150,000 steps on CLEVR's 70,000 images.
+    "paper": dict(
+        steps=150_000, num_scenes=70_000, eval_scenes=15_000,
+        channels=64, kernel_size=5, input_size=64, downsample=4, slot_size=64, iterations=3, batch_size=512,
+        optimizer="adam", lr=4e-4, warmup_steps=1000, half_life=50_000, clip=0.0, initial_weights="keras",
+    ),
+    "quick": slot_attention.PRESETS["quick"] | dict(
+        steps=6000, num_scenes=10_000, channels=32, kernel_size=5, downsample=8, batch_size=32, lr=3e-3,
+        half_life=1200,
+    ),
+    "smoke": slot_attention.PRESETS["smoke"] | dict(num_scenes=64, eval_scenes=16, downsample=8),
+}  # fmt: skip
+
+RECIPES = (
+    Recipe(
+        "slot-attention", "Slot Attention", "Locatello et al. 2020", "set-prediction", build, PRESETS,
+        set_loss=loss_and_parts,
+    ),
+    Recipe(
+        "slot-mlp", "Slot MLP", "Locatello et al. 2020", "set-prediction", build_baseline, as_baseline(PRESETS),
+        fixed_slots=True, set_loss=loss_and_parts,
+    ),
+)  # fmt: skip

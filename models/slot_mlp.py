@@ -9,7 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.slot_attention import Decoder, Encoder, Scene
+from models import slot_attention
+from models.recipe import Recipe, without
+from models.scene import Scene, signed
+from models.slot_attention import Decoder, Encoder
 
 
 class SlotMLP(nn.Module):
@@ -95,6 +98,38 @@ class SlotMLPAutoEncoder(nn.Module):
         self.decoder = Decoder(slot_size, channels, kernel_size, resolution, strided)
 
     def forward(self, image: Tensor, *, noise: Tensor | None = None) -> Scene:
-        """Explain images (B, 3, H, W) in [-1, 1]; `noise` (B, 0) is taken from whoever trains all models alike."""
-        slots = self.slot_mlp(self.encoder(image))
-        return Scene(self.decoder(slots), slots, None)
+        """Explain images (B, 3, H, W) in [0, 1]; `noise` (B, 0) is taken from whoever trains all models alike."""
+        slots = self.slot_mlp(self.encoder(signed(image)))
+        return Scene(self.decoder(slots), slots)
+
+
+def build(
+    resolution: tuple[int, int],
+    *,
+    channels: int,
+    kernel_size: int,
+    input_size: int,
+    slot_size: int,
+    num_slots: int,
+    network_of: str,
+) -> SlotMLPAutoEncoder:
+    """The autoencoder that `train.py` trains; `network_of` CLEVR6 decodes from a grid of 8 x 8."""
+    return SlotMLPAutoEncoder(
+        resolution, channels=channels, kernel_size=kernel_size, input_size=input_size, slot_size=slot_size,
+        strided=network_of == "clevr6", num_slots=num_slots,
+    )  # fmt: skip
+
+
+def as_baseline(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Slot Attention's presets for the baseline. Muon would spend its time on the first layer of the MLP, which holds
+    nearly all of its weights."""
+    own = dict(optimizer="adam", lr=4e-4, fine_tune_lr=4e-4)
+    return {name: without(preset, "iterations") | own for name, preset in presets.items()}
+
+
+RECIPES = (
+    Recipe(
+        "slot-mlp", "Slot MLP", "Locatello et al. 2020", "discovery", build,
+        as_baseline(slot_attention.PRESETS), slot_attention.PUBLISHED, fixed_slots=True,
+    ),
+)  # fmt: skip

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import Scenes, metrics
+from models.scene import signed
 from models.set_prediction import set_loss
 from training.config import Config
 from training.losses import apply_model
@@ -66,7 +67,7 @@ def score_masks(
             "fg_ari": metrics.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True),
             "miou": metrics.mean_iou(truth, predicted, **sizes),
             "mbo": metrics.mean_best_overlap(truth, predicted, **sizes),
-            "mse": metrics.mean_squared_error(reconstruction, image * 2 - 1),
+            "mse": metrics.mean_squared_error(reconstruction, signed(image)),
         }
         sums += torch.stack([each[name].double().sum() for name in SCORES["discovery"]]).cpu()
     if num_ranks() > 1:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import iio_kernels
-from models.dspn import REPRESENTATION_WEIGHT
-from models.set_prediction import set_loss
+from training.building import recipe_of
 from training.config import Config
 from training.processes import mean_over_ranks
 
@@ -22,7 +21,7 @@ def apply_model(model: nn.Module, pixels: Tensor, noise: Tensor, config: Config,
     image = pixels / 255
     model.train(torch.is_grad_enabled())
     with torch.autocast(image.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return model(image * 2 - 1, noise=noise, **options), image
+        return model(image, noise=noise, **options), image
 
 
 def losses(
@@ -30,18 +29,12 @@ def losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a phase, from what a model made of images in [0, 1], and its parts for the log."""
     if config.task == "set-prediction":
-        predicted, representation = made if config.model == "dspn" else (made, None)
-        loss = set_loss(predicted, objects, config.coordinate_scale)
-        parts = {"loss": loss.detach()}
-        if representation is not None:  # weighted beside a mean over the pairs, of which `set_loss` is the sum
-            loss = loss + REPRESENTATION_WEIGHT * predicted.shape[-2] * representation
-            parts["representation"] = representation.detach()
-        return loss, parts
-    objective, masks, error = made.objective(image * 2 - 1)
+        return recipe_of(config).set_loss(made, objects, config.coordinate_scale)
+    objective, masks, error = made.objective(image)
     if phase == "pre-training" or config.fine_tune == "reconstruction":
         parts = {} if objective is error else {"loss": objective.detach()}
         return objective, {"mse": error.detach(), **parts}
-    inpainter = dict(sigma=config.sigma, kernel_size=config.taps, repeats=config.repeats)
+    inpainter = dict(sigma=config.sigma, kernel_size=config.iio_kernel_size, repeats=config.repeats)
     iio = iio_kernels.iio_loss(image, masks, terms=config.terms, **inpainter)
     # The IIO loss alone would let go of the image: the hinge brings the error back whenever it leaves the margin. It
     # switches on the device, which nothing waits for, and for all processes alike.

@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from models import MODELS
 from training.config import Config, UsageError, changed_fields, option, several, to_json
 from training.files import quoted, write
 from training.processes import num_ranks, rank, same_on_all_ranks
@@ -74,7 +75,7 @@ def make_folder(config: Config, claims: ExitStack) -> Path:
 
 
 def default_name(config: Config) -> str:
-    model = "" if config.model == "slot-attention" else f"{config.model}-"
+    model = "" if config.model == next(iter(MODELS)) else f"{config.model}-"
     task = "" if config.task == "discovery" else f"{config.task}-"
     ablation = "" if config.ablation == "none" else f"{config.ablation}-"
     name = f"{model}{task}{ablation}{config.dataset}-{config.preset}"
@@ -93,7 +94,9 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
     try:
         saved = json.loads((folder / "config.json").read_text())
         saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
-        saved = {"initial_weights": "own"} | completed(saved)
+        if "taps" in saved:  # its name once
+            saved["iio_kernel_size"] = saved.pop("taps")
+        saved = {"initial_weights": "own"} | completed(saved, saved["dataset"])
         started_in = saved.pop("started_in", "")  # earlier runs did not keep it
         saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
         for name in ("data", "from_"):

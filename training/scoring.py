@@ -7,14 +7,14 @@ import tempfile
 
 import torch
 
-from training.building import build_model
+from training.building import build_model, recipe_of
 from training.config import Config, UsageError, to_json
 from training.console import say
 from training.evaluation import evaluate
 from training.files import write
 from training.processes import rank
 from training.scenes import open_scenes
-from training.tables import NAMES, table
+from training.tables import table
 from training.versions import versions
 from training.weights import load_weights, pretrained, read_weights, restore, scenes_seen
 
@@ -46,7 +46,7 @@ def score_weights(config: Config) -> None:
         indices = torch.arange(first, min(first + config.eval_scenes, len(source)))
         model = build_model(config, source.size)
         restore(model, tensors, path)
-        name = [path.name, NAMES[config.model], f"K {config.num_slots}"]
+        name = [path.name, recipe_of(config).title, f"K {config.num_slots}"]
         name += [] if config.iterations is None else [f"T {config.iterations}"]
         results[", ".join(name)] = evaluate(model, source, indices, config.eval_draws, config)
     try:

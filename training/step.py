@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.optimizer import Optimizer
+from training.building import recipe_of
 from training.config import Config
 from training.losses import apply_model, losses
 from training.processes import num_ranks
@@ -64,7 +65,7 @@ class Step:
 
     def compute(self, batch: Batch) -> dict[str, Tensor]:
         options: dict[str, Any] = {"stepwise": True} if self.config.stepwise_loss else {}
-        if self.config.model == "dspn":
+        if recipe_of(self.config).sees_objects:
             options["objects"] = batch.objects
         made, image = apply_model(self.model, batch.pixels, batch.noise, self.config, **options)
         loss, values = losses(made, image, self.phase, self.config, batch.objects)

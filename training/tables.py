@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.building import recipe_of
 from training.config import Config
 from training.schedule import phase_steps
 
@@ -11,17 +12,13 @@ PERCENT = {"ari": "ARI", "fg_ari": "FG-ARI", "miou": "mIoU", "ap_inf": "AP", "ap
 
 ERRORS = {"mse": "MSE", "loss": "loss"}
 
-#: What tables call the models.
-NAMES = {"slot-attention": "Slot Attention", "slot-mlp": "Slot MLP", "iodine": "IODINE", "monet": "MONet",
-         "dspn": "DSPN"}  # fmt: skip
-
-#: And their fine-tuning.
+#: What tables call the fine-tunings.
 FINE_TUNING = {"iio": "IIO", "reconstruction": "reconstruction"}
 
 
 def row_name(key: str, config: Config, from_: str | None = None) -> str:
     """What a table calls the scores that a run keeps under `key`. The weights it began with were kept under `from_`."""
-    steps, begun = phase_steps(config), NAMES[config.model]
+    steps, begun = phase_steps(config), recipe_of(config).title
     if key.startswith("step-"):
         return f"{begun}, {int(key.removeprefix('step-')):,} steps"
     if config.from_ is not None:

@@ -14,15 +14,16 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from data import DATASETS
+from models import MODELS
 from training.config import Config, UsageError
 from training.files import write
+from training.networks import NETWORK_OF, NETWORKS
 
-#: What a model is built from, and weights carry with them.
+#: The sizes that a model is built from.
 SIZES = ("channels", "kernel_size", "input_size", "downsample", "slot_size", "num_slots", "iterations")
 
-CHOICES = ("task", "model", "ablation")
-
-ARCHITECTURE = (*CHOICES, "pixel_sigma", "background_sigma", "iodine_source", *SIZES)
+#: All that it is built from: weights carry it with them.
+ARCHITECTURE = ("task", "model", "ablation", "network_of", "pixel_sigma", "background_sigma", "iodine_source", *SIZES)
 
 #: What else bears on the scores of given weights.
 SCORING = ("eval_only", "dataset", "data", "preset", "num_scenes", "eval_scenes", "eval_draws", "coordinate_scale",
@@ -50,13 +51,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about | {key: json.loads(about[key]) for key in ("architecture", "scores") if key in about}
 
 
-def completed(shape: dict[str, Any]) -> dict[str, Any]:
-    """The architecture that weights or a run tell, with what those of older versions leave out."""
+def completed(shape: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """The architecture that weights or a run tell, with what those of older versions leave out: `dataset` is theirs."""
     shape = {"task": "discovery", "model": "slot-attention", "ablation": "none", "pixel_sigma": None,
-             "background_sigma": None, "iodine_source": None, "slot_size": 64, "downsample": None} | shape  # fmt: skip
-    unsaid = {"iodine": {"iodine_source": "program"}, "monet": {"pixel_sigma": 0.11, "background_sigma": 0.09}}
-    unsaid = unsaid.get(shape["model"], {})
-    return shape | {name: value for name, value in unsaid.items() if shape[name] is None}
+             "background_sigma": None, "iodine_source": None, "network_of": None,
+             "slot_size": 64, "downsample": None} | shape  # fmt: skip
+    recipe = MODELS[shape["model"]][shape["task"]]
+    unsaid = dict(recipe.unsaid)
+    if "network_of" in recipe.options:
+        unsaid["network_of"] = NETWORK_OF.get(dataset, NETWORKS[0])
+    return shape | {name: value for name, value in unsaid.items() if shape.get(name) is None}
 
 
 def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]:
@@ -67,7 +71,7 @@ def load_weights(path: Path, config: Config) -> tuple[Config, dict[str, Tensor]]
         tensors, about = read_weights(path)
         shape = about["architecture"]
         dataset = about.get("dataset", config.dataset)
-        shape = completed(shape)
+        shape = completed(shape, dataset)
         if config.eval_only is not None:
             shape |= {n: getattr(config, n) for n in ("num_slots", "iterations") if getattr(config, n) is not None}
         sizes = {name: None if shape[name] is None else int(shape[name]) for name in SIZES}

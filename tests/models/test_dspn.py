@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from data.metrics import average_precision
 from models.dspn import DSPN, FSPool, ImageEncoder, SetEncoder, representation_loss
+from models.scene import signed
 from models.set_prediction import set_loss
 from training.config import Config
 from training.losses import apply_model, losses
@@ -148,7 +149,7 @@ def test_predictions_do_not_depend_on_the_batch_nor_on_gradients():
 def test_the_descent_is_float32_under_autocast():
     model, image = small().eval(), torch.rand(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        z = model.image_encoder(image)
+        z = model.image_encoder(signed(image))
         predicted, loss = model(image, objects=torch.rand(2, 4, 19))
     assert z.dtype == torch.bfloat16
     assert predicted.dtype == loss.dtype == torch.float32
@@ -163,7 +164,7 @@ def test_scoring_leaves_the_averages_of_training_alone():
     with torch.no_grad():
         scored, _ = apply_model(model, pixels, torch.empty(3, 0), config)
     torch.testing.assert_close(model.state_dict(), first, rtol=0, atol=0)
-    assert torch.equal(scored, model.eval()(pixels / 255 * 2 - 1))
+    assert torch.equal(scored, model.eval()(pixels / 255))
     apply_model(model, pixels, torch.empty(3, 0), config)
     mean = "image_encoder.0.1.running_mean"
     assert not torch.equal(model.state_dict()[mean], first[mean])
@@ -175,7 +176,7 @@ def test_what_training_minimises_reaches_every_parameter():
     model, image, objects = small(), torch.rand(6, 3, 16, 16), torch.rand(6, 4, 19)
     made = model(image, objects=objects)
     predicted, representation = made
-    expected = representation_loss(model.set_encoder(objects), model.image_encoder(image)).mean()
+    expected = representation_loss(model.set_encoder(objects), model.image_encoder(signed(image))).mean()
     torch.testing.assert_close(representation, expected)
     loss, parts = losses(made, image, "pre-training", config, objects)
     torch.testing.assert_close(loss / 4, set_loss(predicted, objects) / 4 + 0.1 * representation)
@@ -189,7 +190,7 @@ def test_the_true_set_has_as_many_rows_as_the_predicted():
     """The set encoder tells sets by their number of rows, too."""
     model, image = small().eval(), torch.rand(2, 3, 16, 16)
     objects = torch.cat([torch.rand(2, 3, 19), torch.zeros(2, 3, 19)], 1)
-    expected = representation_loss(model.set_encoder(objects[:, :4]), model.image_encoder(image)).mean()
+    expected = representation_loss(model.set_encoder(objects[:, :4]), model.image_encoder(signed(image))).mean()
     for rows in (3, 4, 6):
         torch.testing.assert_close(model(image, objects=objects[:, :rows])[1], expected)
 

@@ -164,7 +164,7 @@ def refine(model, x, z_parameters, means, logits, loss, state, stop=True):
 
 def literal_loss(model, image, noise, stop=True):
     """sum_t (t / T) L_t, and the last pictures and mask logits: t = 1..T as printed, 0..T as programmed."""
-    x = image / 2 + 0.5
+    x = image
     B, n, K, D = noise.shape
     counted = range(1, n + 1) if model.weigh_first else range(n)
     z_parameters, state, total = model.initial.expand(B, K, 2 * D), None, 0.0
@@ -193,7 +193,7 @@ def tiny(lstm_size=None, **options):
 
 @pytest.fixture
 def image():
-    return torch.rand(2, 3, 9, 5, dtype=torch.float64) * 2 - 1
+    return torch.rand(2, 3, 9, 5, dtype=torch.float64)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_as_printed_every_loss_counts(count, image, noise):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * b.abs().max().item())
     frames = image.unsqueeze(1).repeat(1, count, 1, 1, 1)
     assert torch.equal(model(frames, noise=noise[:, :count]).loss, scene.loss)
-    assert model(frames).posterior.shape == model(image, iterations=count).posterior.shape
+    assert model(frames).slots.shape == model(image, iterations=count).slots.shape
     with pytest.raises(ValueError, match=f"image: expected {count} frames for {count} iterations"):
         model(frames[:, :1].repeat(1, count + 1, 1, 1, 1), iterations=count)
 
@@ -256,7 +256,8 @@ def test_scoring_builds_no_graph_and_gives_the_same(image, noise):
         scored = model(image, noise=noise)
     model.requires_grad_(False)
     frozen = model(image, noise=noise)
-    for a, b, c in zip(trained, scored, frozen, strict=True):
+    assert trained.attention is None
+    for a, b, c in ([getattr(x, name) for x in (trained, scored, frozen)] for name in ("decoded", "slots", "loss")):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
         assert a.requires_grad
@@ -267,14 +268,14 @@ def test_what_a_scene_is_made_of(image, noise):
     model = tiny()
     scene = model(image, noise=noise)
     assert scene.decoded.shape == (2, 3, 4, 9, 5)
-    assert scene.posterior.shape == (2, 3, 6)
+    assert scene.slots.shape == (2, 3, 6)
     reconstruction, masks = scene.compose()
     torch.testing.assert_close(masks, scene.decoded[:, :, 3].softmax(1))
     torch.testing.assert_close(reconstruction, (masks[:, :, None] * scene.decoded[:, :, :3]).sum(1))
     loss, same, error = scene.objective(image)
     assert loss is scene.loss
     assert torch.equal(masks, same)
-    torch.testing.assert_close(error, (reconstruction - image).square().mean())
+    torch.testing.assert_close(error, (reconstruction - (image * 2 - 1)).square().mean())
     loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
@@ -287,7 +288,7 @@ def test_slots_and_iterations_per_call(image):
     longer, shorter = model(image, noise=noise), model(image, noise=noise[:, :3])
     expected, *_ = literal_loss(model, image, noise)
     torch.testing.assert_close(longer.loss, expected)
-    assert not torch.equal(longer.posterior, shorter.posterior)
+    assert not torch.equal(longer.slots, shorter.slots)
 
 
 def test_latents_are_drawn_by_the_noise(image, noise):
@@ -327,7 +328,7 @@ def test_sequences_take_a_frame_an_iteration(image, noise):
     assert torch.equal(predicted.decoded, still.decoded)
     assert not torch.equal(predicted.loss, still.loss)
     assert torch.equal(predicted.objective(frames)[2], still.objective(-image)[2])
-    frames[:, 1] = -image
+    frames[:, 1] = 1 - image
     assert not torch.equal(model(frames, noise=noise).decoded, still.decoded)
     assert model(frames[:, :2]).decoded.shape == still.decoded.shape
 
@@ -335,12 +336,12 @@ def test_sequences_take_a_frame_an_iteration(image, noise):
 def test_bfloat16_autocast_keeps_loss_and_masks_in_float32():
     torch.manual_seed(0)
     model = IODINE((12, 12), channels=8, kernel_size=3, iterations=2)
-    image, noise = torch.rand(2, 3, 12, 12) * 2 - 1, torch.randn(2, *model.noise_shape)
+    image, noise = torch.rand(2, 3, 12, 12), torch.randn(2, *model.noise_shape)
     expected = model(image, noise=noise)
     with torch.autocast("cpu", torch.bfloat16):
         scene = model(image, noise=noise)
     loss, masks, error = scene.objective(image)
-    assert {x.dtype for x in (loss, masks, error, scene.posterior)} == {torch.float32}
+    assert {x.dtype for x in (loss, masks, error, scene.slots)} == {torch.float32}
     torch.testing.assert_close(loss, expected.loss, rtol=0.02, atol=0)
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())

@@ -55,7 +55,7 @@ class Killed(BaseException):
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=10)
         assert time.monotonic() < end, "the run did not get there"
         time.sleep(0.002)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.building import build_model, build_optimizer
 from training.config import Config
-from training.processes import mean_over_ranks, meet_other_ranks, num_ranks, rank, share
+from training.processes import mean_over_ranks, meet_other_ranks, num_ranks, part_from_other_ranks, rank, share
 from training.random_numbers import draw_noise
 from training.resolve import resolve
 from training.scenes import Order, open_scenes
@@ -46,7 +46,9 @@ def one_step_each(margin: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    found = one_step_each(float(sys.argv[1]))
-    if rank() == 0:
-        torch.save(found, sys.argv[2])
-    dist.destroy_process_group()
+    try:
+        found = one_step_each(float(sys.argv[1]))
+        if rank() == 0:
+            torch.save(found, sys.argv[2])
+    finally:
+        part_from_other_ranks(sys.exc_info()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -25,37 +27,72 @@ TINY += ["--steps", "6", "--fine-tune-steps", "4", "--num-scenes", "40", "--eval
 TINY += ["--log-every", "1", "--eval-every", "3"]
 
 
+#: A variable of the environment of all processes of a job, by which they are found.
+JOB = "IIO_KERNELS_TEST_JOB"
+JOBS: list[subprocess.Popen] = []
+
+
 def torchrun(script: str, *arguments: object, ranks: int = 2) -> subprocess.Popen:
+    """Start a job, in a session of its own; it is over when the test is."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", JOB: str(uuid.uuid4())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=environment, **pipes)
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=ROOT, env=environment, start_new_session=True, **pipes
+    )
+    process.job = environment[JOB]
+    JOBS.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_its_test():
+    yield
+    while JOBS:
+        kill(JOBS.pop())
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill torchrun and the ranks, which have sessions of their own and outlive it."""
+    members = processes(f"{JOB}={process.job}")
+    if process.poll() is None:
+        members.append(process.pid)
+    for member in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(os.getpgid(member), signal.SIGKILL)
+    process.wait(timeout=10)
 
 
 def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[str, str]:
+    """Output and errors of a job that ends in time."""
     try:
         return process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"still running after {seconds} s: {process.communicate()}") from None
+        kill(process)
+        raise AssertionError(f"still running after {seconds} s: {process.communicate(timeout=10)}") from None
+
+
+def processes(*variables: str) -> list[int]:
+    """The process ids of those whose environment has these variables."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if set(variables) <= set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
+                found.append(int(folder.name))
+    return found
 
 
 def worker(process: subprocess.Popen, rank: int) -> int:
     """The process id of one rank."""
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = re.search(r"^PPid:\s+(\d+)", (folder / "status").read_text(), re.M)
-            if int(parent[1]) == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
-        except (OSError, TypeError):
-            continue
-    raise AssertionError(f"torchrun has no process of rank {rank}")
+    found = processes(f"{JOB}={process.job}", f"RANK={rank}")
+    assert found, f"torchrun has no process of rank {rank}"
+    return found[0]
 
 
 def wait_for_steps(metrics: Path, count: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("gradient_norm") < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, finish(process, 10)
         assert time.monotonic() < end, "the run did not get there"
         time.sleep(0.02)
 
@@ -76,7 +113,9 @@ def alone(tmp_path_factory) -> Path:
     """A whole tiny run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     command = [sys.executable, "train.py", *TINY, "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=180
+    )
     return out
 
 
@@ -129,7 +168,12 @@ def test_an_interrupted_run_goes_on_with_another_number_of_processes(alone, tmp_
     assert "torchrun --nproc-per-node 2 train.py --resume" in err
     assert not (out / "summary.json").exists()
     resumed = subprocess.run(
-        [sys.executable, "train.py", "--resume", str(out)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "train.py", "--resume", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=180,
     )
     assert "from step" in resumed.stdout
     assert_same_to_rounding(out, alone)

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.slot_attention import Scene
+from models.scene import Scene
 from training.config import Config
 from training.losses import losses
 
@@ -14,6 +14,6 @@ def test_the_hinge_lets_go_at_the_margin():
     for reconstruction, active in ((image * 2 - 1 + 0.1, False), (image * 2 - 1 + 1.0, True)):
         # One picture for all slots: the masks do not change it.
         decoded = torch.cat([reconstruction[:, None].expand(-1, 4, -1, -1, -1), masks.log()[:, :, None]], 2)
-        scene = Scene(decoded, unused, unused)
+        scene = Scene(decoded, unused)
         loss, parts = losses(scene, image, "fine-tuning", config)
         torch.testing.assert_close(loss - parts["iio"], 10 * parts["mse"] * active, rtol=1e-5, atol=1e-5)

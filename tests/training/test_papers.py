@@ -107,7 +107,11 @@ def test_monet_is_its_appendix_or_what_iodine_compares_with():
 @pytest.mark.parametrize(
     ("options", "unsaid", "meant"),
     [
-        ({"model": "iodine"}, ("iodine_source", "background_sigma"), {"iodine_source": "program"}),
+        (
+            {"model": "iodine"},
+            ("iodine_source", "background_sigma", "network_of"),
+            {"iodine_source": "program", "network_of": "tetrominoes"},
+        ),
         (
             {"model": "monet"},
             ("iodine_source", "pixel_sigma", "background_sigma"),
@@ -155,7 +159,14 @@ def test_gradients_are_those_of_the_module(task, gradient, terms):
 
 
 REFUSED = {
-    "gradients of another model": (["--model", "slot-mlp", "--gradient", "implicit"], "are for --model slot-attention"),
+    "gradients of another model": (
+        ["--model", "slot-mlp", "--gradient", "implicit"],
+        "--gradient is for --model slot-attention",
+    ),
+    "an ablation of another model": (
+        ["--model", "slot-mlp", "--ablation", "no-gru"],
+        "--ablation is for --task discovery --model slot-attention",
+    ),
     "terms of no series": (["--neumann-terms", "1"], "--neumann-terms is for --gradient implicit"),
     "terms after every iteration": (
         ["--task", "set-prediction", "--dataset", "clevr-like", "--gradient", "implicit", "--neumann-terms", "1",
@@ -237,7 +248,7 @@ def interrupting(log, at):
 def test_implicit_gradients_leave_the_initial_slots_alone_and_bilevel_ones_do_not():
     """As in training: of a whole model's loss."""
     torch.manual_seed(0)
-    image, noise = torch.rand(2, 3, 12, 12) * 2 - 1, torch.randn(2, 4, 64)
+    image, noise = torch.rand(2, 3, 12, 12), torch.randn(2, 4, 64)
     moved = {}
     for gradient in ("implicit", "bilevel"):
         model = SlotAttentionAutoEncoder((12, 12), channels=4, slot_attention={"gradient": gradient})

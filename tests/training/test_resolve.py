@@ -1,12 +1,16 @@
 """What a preset fills in, and what cannot run."""
 
 import pytest
-from commands import assert_refused_before_any_work
+import torch
+from commands import assert_refused_before_any_work, call
 
-from training.config import Config
-from training.presets import PRESETS
+from data import DATASETS
+from models import MODELS
+from training.building import build_model
+from training.config import Config, UsageError
+from training.networks import NETWORK_OF, NETWORKS
 from training.resolve import resolve
-from training.weights import ARCHITECTURE
+from training.weights import ARCHITECTURE, save_weights
 
 REFUSED = {
     "an unknown option": (["--learning-rate", "1"], "learning-rate"),
@@ -17,7 +21,7 @@ REFUSED = {
     "a negative rate": (["--lr", "-1"], "--lr: expected a number >= 0, got -1"),
     "a rate that is no number": (["--lr", "nan"], "--lr: expected a number >= 0, got nan"),
     "an even kernel": (["--kernel-size", "4"], "--kernel-size: expected an odd number, got 4"),
-    "an even Gaussian": (["--taps", "4"], "--taps: expected an odd number, got 4"),
+    "an even Gaussian": (["--iio-kernel-size", "4"], "--iio-kernel-size: expected an odd number, got 4"),
     "a Gaussian without width": (["--sigma", "0"], "--sigma: expected a number > 0, got 0"),
     "one slot under IIO": (["--fine-tune", "iio", "--num-slots", "1"], "--num-slots"),
     "a device that does not exist": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
@@ -66,7 +70,19 @@ REFUSED = {
         ["--eval-only", "pretrained", "--dataset", "clevr-like"],
         "--dataset clevr-like: weights come with this for tetrominoes alone",
     ),
-    "the model of weights": (["--from-pretrained", "--model", "slot-mlp"], "--model: weights bring their own"),
+    "the task of weights": (["--from-pretrained", "--task", "set-prediction"], "--task: weights bring their own"),
+    "a network for other images": (
+        ["--network-of", "clevr6"],
+        "--model slot-attention: resolution: the strided decoder makes (128, 128) images, got (35, 35)",
+    ),
+    "a network of a model that has one": (
+        ["--model", "monet", "--network-of", "clevr6"],
+        "--network-of: monet has no such size",
+    ),
+    "the model of weights": (
+        ["--from-pretrained", "--model", "slot-mlp"],
+        "--model slot-mlp: tetrominoes-before.safetensors has weights of slot-attention",
+    ),
 }
 
 
@@ -76,9 +92,12 @@ def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, 
 
 
 def test_a_model_has_the_same_sizes_in_every_preset():
-    """By a preset's sizes those are refused that the model has not."""
-    for recipe, presets in PRESETS.items():
-        assert len({frozenset(values.keys() & ARCHITECTURE) for values in presets.values()}) == 1, recipe
+    """The preset leaves none of them open, and sets none that the network has not."""
+    for recipe in (recipe for recipes in MODELS.values() for recipe in recipes.values()):
+        sizes = set(recipe.options) & set(ARCHITECTURE) - {"ablation", "network_of", "num_slots"}
+        for name, values in (*recipe.presets.items(), *recipe.published.items()):
+            set_by_it = values.keys() & ARCHITECTURE
+            assert set_by_it == sizes if name in recipe.presets else set_by_it <= sizes, (recipe.model, name)
 
 
 def test_fewer_slots_than_objects_are_told(capsys):
@@ -86,3 +105,40 @@ def test_fewer_slots_than_objects_are_told(capsys):
     assert capsys.readouterr().out == ""
     resolve(Config(task="set-prediction", dataset="clevr-like", device="cpu", num_slots=9))
     assert "K 9 is fewer than the 10 objects" in capsys.readouterr().out
+
+
+def test_every_data_set_names_the_network_it_takes():
+    assert NETWORK_OF.keys() == DATASETS.keys()
+    assert set(NETWORK_OF.values()) == set(NETWORKS)
+
+
+def test_a_data_set_that_names_no_network_takes_that_of_any_size_and_says_so(monkeypatch, capsys):
+    """Not that of the data set whose images are as large."""
+    monkeypatch.delitem(NETWORK_OF, "clevr6-like")
+    options = dict(dataset="clevr6-like", device="cpu", preset="smoke")
+    config = resolve(Config(**options))
+    assert config.network_of == "tetrominoes"
+    assert not build_model(config, DATASETS["clevr6-like"].size).decoder.strided
+    assert "No network is published for clevr6-like: this one is tetrominoes's" in capsys.readouterr().out
+    config = resolve(Config(**options, network_of="clevr6"))
+    assert build_model(config, DATASETS["clevr6-like"].size).decoder.strided
+
+
+@pytest.mark.parametrize("model", [None, "slot-mlp", "slot-attention"])
+def test_the_model_of_weights_may_be_said_but_not_another(model, tmp_path):
+    weights, config = tmp_path / "x.safetensors", resolve(Config(model="slot-mlp", preset="smoke", device="cpu"))
+    save_weights(weights, torch.nn.Linear(1, 1), config, {})
+    given = Config(model=model, from_=weights, preset="smoke", device="cpu", num_scenes=256)
+    if model == "slot-attention":
+        with pytest.raises(UsageError, match=r"--model slot-attention: x\.safetensors has weights of slot-mlp"):
+            resolve(given)
+    else:
+        assert resolve(given).model == "slot-mlp"
+
+
+def test_options_are_shown_in_groups(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f" {group} options ") for group in ("Task", "Data", "Model", "Optimization", "IIO", "Output")]
+    assert places == sorted(places)
+    assert shown.index("--iio-kernel-size") > places[4]

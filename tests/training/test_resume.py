@@ -21,8 +21,8 @@ def test_kill_9_then_resume_gives_the_same_weights(finished, tmp_path, monkeypat
     metrics = out / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("gradient_norm") >= at, process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    process.communicate(timeout=120)
     assert not (out / "summary.json").exists()
     assert call(monkeypatch, "--resume", out) == 0
     assert "from step" in capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_other_optimizers_resume_exactly(tmp_path, monkeypatch, optimizer):
     metrics = tmp_path / "killed" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("gradient_norm") >= 3, process)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=120)
     assert call(monkeypatch, "--resume", tmp_path / "killed") == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
@@ -84,6 +84,15 @@ def test_a_run_begun_before_fine_tuning_had_its_own_warm_up_resumes_with_what_it
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config, _ = reopen_run(Config(resume=tmp_path))
     assert config.fine_tune_warmup_steps == 3
+
+
+def test_a_run_of_which_an_option_had_another_name_resumes(finished, tmp_path):
+    saved = json.loads((finished / "config.json").read_text())
+    saved |= {"taps": 7, "network_of": None}
+    del saved["iio_kernel_size"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config, _ = reopen_run(Config(resume=tmp_path))
+    assert (config.iio_kernel_size, config.network_of) == (7, "tetrominoes")
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["from another folder", "with all of it moved"])

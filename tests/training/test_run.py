@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import train
 import training.scoring
+from models.slot_attention import PRESETS
 from training.config import Config
 from training.metrics_log import Metrics
-from training.presets import PRESETS
 from training.run_folder import PICTURES
 from training.tables import PERCENT
 from training.weights import save_weights
@@ -27,7 +27,7 @@ def test_what_a_run_leaves(finished):
         assert -1 <= summary[when]["ari"] <= 1
         assert summary[when]["mse"] > 0
     assert summary["config"]["steps"] == 8
-    assert summary["config"]["lr"] == PRESETS["slot-attention"]["smoke"]["lr"]
+    assert summary["config"]["lr"] == PRESETS["smoke"]["lr"]
     assert summary["seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__
     assert (finished / "masks.png").read_bytes().startswith(b"\x89PNG")

@@ -14,10 +14,10 @@ from training.signals import Interrupted
 def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch, capsys):
     out, train_phase = tmp_path / "both", Run.train_phase
 
-    def interrupted(run, number):
-        if run.config.seed == 1 and number == 1:
+    def interrupted(run, phase):
+        if run.config.seed == 1 and phase == "fine-tuning":
             raise Interrupted(signal.SIGTERM)
-        train_phase(run, number)
+        train_phase(run, phase)
 
     monkeypatch.setattr(Run, "train_phase", interrupted)
     assert call(monkeypatch, *TINY, "--seeds", 2, "--out", out) == 128 + signal.SIGTERM
