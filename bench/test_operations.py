@@ -26,7 +26,7 @@ def parameters() -> Iterator[object]:
                             yield pytest.param(race, case, dtype, backward, name, id=label)
 
 
-@pytest.mark.parametrize(("contest", "case", "dtype", "backward", "contender"), parameters())
+@pytest.mark.parametrize(("contest", "case", "dtype", "backward", "contender"), list(parameters()))
 def test_operation(race, device, machine, sets_of_inputs, contest: Race, case, dtype, backward, contender):
     if not contest.practical(case, contender):
         pytest.skip("at this size only ours is practical")
