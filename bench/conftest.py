@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 BEGUN = time.monotonic()
 
 #: The machine's own speed, for the file of results.
-MEASURED: dict[str, float] = {}
+SPEED: dict[str, float] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,13 +60,13 @@ def machine(device: str) -> dict[str, float]:
     size, width = (256 << 20, 8192) if device == "cuda" else (64 << 20, 2048)
     source = torch.rand(size, device=device)
     target = torch.empty_like(source)
-    MEASURED["bytes_per_second"] = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    SPEED["bytes_per_second"] = 2 * source.nbytes / fastest(lambda: target.copy_(source))
     a, b = (torch.rand(width, width, device=device) for _ in range(2))
-    MEASURED["operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
+    SPEED["operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
     if device == "cuda":
         a, b = a.bfloat16(), b.bfloat16()
-        MEASURED["bfloat16_operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
-    return MEASURED
+        SPEED["bfloat16_operations_per_second"] = 2 * width**3 / fastest(lambda: a @ b)
+    return SPEED
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     machine_info = output_json["machine_info"]
     machine_info.pop("node", None)
     machine_info["cpu"] = {key: machine_info.get("cpu", {}).get(key) for key in ("brand_raw", "count")}
-    machine_info |= MEASURED
+    machine_info |= SPEED
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from iio_kernels.nn.layers import Identity, linear, linears, norm, of_heads
 from iio_kernels.ops.slot_attention.api import slot_attention_from_inputs
@@ -18,6 +17,7 @@ from iio_kernels.runtime.options import (
     Softmax,
     Update,
 )
+from iio_kernels.runtime.torch_private import disable_compile
 
 
 class Iterations(nn.Module):
@@ -81,7 +81,7 @@ class Iterations(nn.Module):
             slots, A = self._step(x, slots, self.mlp is not None, show and t == iterations, slot_mask, input_mask)
         return slots, A
 
-    @_disable_dynamo  # as `torch.compiler.disable`, which would import torch.compile with this file
+    @disable_compile
     def _iterate_implicitly(
         self, x: Tensor, slots: Tensor, slot_mask: Tensor | None, input_mask: Tensor | None
     ) -> Tensor:
