@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "models": ("models", "data", "iio_kernels"),
     "training": ("training", "models", "data", "iio_kernels"),
-    "train": ("training",),
+    "train": ("training", "data"),
     "bench": PROJECT,
     "tests": PROJECT,
 }

@@ -12,8 +12,7 @@ from torch import Tensor
 import iio_kernels
 from bench.races import DEVICE, OURS, Inputs, OddCall, Race
 from iio_kernels import iio_loss
-from iio_kernels.testing.iio_loss import BENCHMARKS, Case
-from tests import literal
+from iio_kernels.testing.iio_loss import BENCHMARKS, Case, literal_iio_loss
 
 # The races
 
@@ -23,7 +22,7 @@ def contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
         return iio_loss(image, masks, backend="reference", **case.options)
 
     found = {
-        "literal": lambda image, masks: literal.iio_loss(image, masks).mean(),
+        "literal": lambda image, masks: literal_iio_loss(image, masks).mean(),
         "eager": eager,
         "torch.compile": eager,
         "ours": functools.partial(iio_loss, **case.options, backend=OURS),

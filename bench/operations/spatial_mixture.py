@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bench.races import OURS, Inputs, OddCall, Race, case_dtype
 from iio_kernels import spatial_mixture
-from iio_kernels.testing.spatial_mixture import BENCHMARKS, Case
-from tests import literal
+from iio_kernels.testing.spatial_mixture import BENCHMARKS, Case, literal_spatial_mixture
 
 # The races
 
@@ -36,7 +35,7 @@ def plain_mixture(image: Tensor, decoded: Tensor, sigma: float = 0.1) -> tuple[T
 def contenders(case: Case) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
     """Literal goes slot by slot, as the published program does; torch.compile has the gradients written out."""
     return {
-        "literal": literal.spatial_mixture,
+        "literal": literal_spatial_mixture,
         "eager": plain_mixture,
         "torch.compile": lambda *x: tuple(spatial_mixture(*x, backend="reference")),
         "ours": functools.partial(spatial_mixture, backend=OURS),

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from test_build import behave, calls, compiler, finish, needs_kernels, start  # noqa: F401
+from building import behave, finish, needs_kernels, start
 
 from iio_kernels.runtime import build, compilation, libraries
 
@@ -121,7 +121,7 @@ except RuntimeError as error:
 
 
 @pytest.fixture
-def fake_nvcc(tmp_path, compiler) -> Path:  # noqa: F811
+def fake_nvcc(tmp_path, compiler) -> Path:
     """An nvcc of no delay, as test_build's compiler: what it links says what is in the file `trouble`."""
     (tmp_path / "bin").mkdir()
     source, path = tmp_path / "trouble.cpp", tmp_path / "bin" / "nvcc"
@@ -154,7 +154,7 @@ def says(folder: Path, trouble: str) -> None:
     (folder / "trouble.cpp").write_text(f'extern "C" const char* iio_kernels_cuda_trouble() {{ return {trouble}; }}')
 
 
-def run(folder: Path, compiler: Path | str, program: str, **environment: str) -> tuple[list[str], str]:  # noqa: F811
+def run(folder: Path, compiler: Path | str, program: str, **environment: str) -> tuple[list[str], str]:
     environment = {"CUDA_HOME": str(folder), "PATH": "/nowhere", "TMPDIR": str(folder), **environment}
     program = "import warnings; warnings.simplefilter('always')\n" + program
     out, errors = finish(start(folder / "cache", compiler, program, **environment))
@@ -186,7 +186,7 @@ def test_no_nvcc(tmp_path):
 
 
 @needs_kernels
-def test_it_is_built_once_for_this_machines_gpus(tmp_path, compiler, fake_nvcc):  # noqa: F811
+def test_it_is_built_once_for_this_machines_gpus(tmp_path, compiler, fake_nvcc):
     lines, errors = run(tmp_path, compiler, GPU + PROGRAM)
     assert lines == ["cuda: None"]
     assert f"compiling the CUDA kernels with {compiler} and {fake_nvcc}, once, in about a minute" in errors
@@ -204,7 +204,7 @@ def test_it_is_built_once_for_this_machines_gpus(tmp_path, compiler, fake_nvcc):
 
 
 @needs_kernels
-def test_tensors_on_the_cpu_build_nothing_for_a_gpu(tmp_path, compiler, fake_nvcc):  # noqa: F811
+def test_tensors_on_the_cpu_build_nothing_for_a_gpu(tmp_path, compiler, fake_nvcc):
     program = PROGRAM.split("print")[0].replace("reference", "auto") + "print('imported')"
     lines, errors = run(tmp_path, compiler, GPU + program)
     assert lines == []
@@ -213,7 +213,7 @@ def test_tensors_on_the_cpu_build_nothing_for_a_gpu(tmp_path, compiler, fake_nvc
 
 
 @needs_kernels
-def test_an_nvcc_that_fails_is_told_once(tmp_path, compiler, fake_nvcc):  # noqa: F811
+def test_an_nvcc_that_fails_is_told_once(tmp_path, compiler, fake_nvcc):
     program = "import iio_kernels.runtime.build as b; b.missing()\n" + GPU + PROGRAM
     run(tmp_path, compiler, "import iio_kernels.runtime.build as b; b.missing()\nprint('imported')")
     behave(compiler, "fail")
@@ -223,7 +223,7 @@ def test_an_nvcc_that_fails_is_told_once(tmp_path, compiler, fake_nvcc):  # noqa
 
 
 @needs_kernels
-def test_a_driver_that_is_too_old(tmp_path, compiler, fake_nvcc):  # noqa: F811
+def test_a_driver_that_is_too_old(tmp_path, compiler, fake_nvcc):
     says(tmp_path, '"CUDA driver version is insufficient for CUDA runtime version"')
     lines, errors = run(tmp_path, compiler, GPU + PROGRAM)
     assert all("the compiled kernels do not run: CUDA driver version is insufficient" in line for line in lines)
