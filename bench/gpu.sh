@@ -79,8 +79,8 @@ part machine 60 "$python" -m bench.gpu machine "$out"
 part build 150 "$python" -m bench.gpu build "$out"
 part accuracy 120 "$python" -m bench.gpu accuracy "$out"
 part tests 200 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" --junitxml="$out/tests.xml" \
-  tests/test_gpu.py tests/ops/test_broadcast_conv2d.py tests/ops/test_compose.py tests/ops/test_iio_loss.py \
-  tests/ops/test_sampled_subsets.py tests/ops/test_slot_attention.py tests/ops/test_slot_attention_module.py \
+  tests/test_gpu.py tests/ops/test_broadcast_conv2d*.py tests/ops/test_compose.py tests/ops/test_iio_loss.py \
+  tests/ops/test_sampled_subsets.py tests/ops/test_slot_attention*.py \
   tests/ops/test_spatial_mixture.py
 if [ $dry ]; then
   part memcheck 60 "$python" -m bench.gpu sanitize "$out"

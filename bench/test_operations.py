@@ -24,6 +24,7 @@ from iio_kernels.testing.compose import BENCHMARKS as COMPOSITION
 from iio_kernels.testing.iio_loss import BENCHMARKS as IIO
 from iio_kernels.testing.slot_attention import BENCHMARKS as ATTENTION
 from iio_kernels.testing.slot_attention_module import BENCHMARKS as ITERATIONS
+from iio_kernels.testing.slot_attention_module import literal_slot_attention_module
 from iio_kernels.testing.spatial_mixture import BENCHMARKS as MIXTURE
 from tests import literal
 
@@ -314,7 +315,7 @@ def test_broadcast(race, device, machine, sets_of_inputs, case, backward, conten
 def test_slot_attention_module(race, device, machine, sets_of_inputs, case, dtype, backward, contender):
     """Against the algorithm with keys and values, projected once for all iterations."""
     call = {
-        "eager": lambda *inputs: literal.slot_attention_module(*inputs)[0],
+        "eager": lambda *inputs: literal_slot_attention_module(*inputs)[0],
         "ours": lambda *inputs: slot_attention_module(*inputs, backend=OURS),
     }
     call["torch.compile"] = compiled(call["eager"])

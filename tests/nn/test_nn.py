@@ -10,7 +10,6 @@ import subprocess
 import sys
 from typing import Any
 
-import literal
 import pytest
 import torch
 from conftest import SERVING, assert_refused, examples
@@ -21,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import iio_kernels.nn as operation
 from iio_kernels.nn import SlotAttention
+from iio_kernels.testing.slot_attention_layer import literal_slot_attention_layer
 
 NAN = float("nan")
 # torch.compile itself makes an instance of every Function that it traces.
@@ -144,7 +144,7 @@ def formula(module: SlotAttention, inputs: Tensor, slots: Tensor, **arguments: A
     batch = inputs.shape[:-2]
     inputs, slots = (x.reshape(-1, *x.shape[-2:]) for x in (inputs, slots))
     options = {name: getattr(module, name) for name in FORMULA}
-    out, A, W = literal.slot_attention_layer(
+    out, A, W = literal_slot_attention_layer(
         dict(module.named_parameters()), inputs, slots, module.iterations, **options, **arguments
     )
     out = out.view(*batch, *out.shape[1:])

@@ -16,11 +16,8 @@ from pathlib import Path
 
 import literal
 import pytest
-import test_broadcast_conv2d
 import test_compose
 import test_iio_loss
-import test_slot_attention
-import test_slot_attention_module
 import test_spatial_mixture
 import torch
 from conftest import examples
@@ -211,7 +208,7 @@ def broadcast_backward(**how) -> dict[str, object]:
     arguments = broadcast(**how)
     (out,) = call("broadcast_forward", arguments)
     del arguments["dtype"]
-    return {"d_out": test_broadcast_conv2d.random_like(out), **arguments}
+    return {"d_out": broadcast_spec.random_like(out), **arguments}
 
 
 def iterations(dtype=F32, B=2, N=37, K=3, Dx=5, D=7, H=6, T=2, eps=1e-3, return_attention=True) -> dict[str, object]:
@@ -536,7 +533,7 @@ def mixed(tensors, incoming, **options) -> tuple[Tensor, ...]:
 
 
 def broadcasted(tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_broadcast_conv2d.literally(tensors, *incoming, **options)
+    return broadcast_spec.literally(tensors, *incoming, **options)
 
 
 def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
@@ -560,14 +557,10 @@ def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
 def module_budget(case, dtype) -> tuple:
     """`budget` of slot_attention_module, whose weights are a tuple."""
     arguments, options = case.make(dtype)
-    exact = test_slot_attention_module.plain(test_slot_attention_module.cast(arguments, F64), **options)
-    eager = (
-        exact
-        if dtype == F64
-        else test_slot_attention_module.plain(test_slot_attention_module.cast(arguments, F32), **options)
-    )
+    exact = iterations_spec.literally(iterations_spec.cast(arguments, F64), **options)
+    eager = exact if dtype == F64 else iterations_spec.literally(iterations_spec.cast(arguments, F32), **options)
     x, slots, weights, T = arguments
-    incoming = [y.to(slots.dtype) for y in test_slot_attention_module.random_like(*exact[:2])]
+    incoming = [y.to(slots.dtype) for y in iterations_spec.random_like(*exact[:2])]
     options = options | {"iterations": T, "return_attention": True}
     call = "slot_attention_module", (x, slots, *weights), incoming, options
     return f"slot_attention_module, {case.name}, {dtype}", call, exact, eager
@@ -576,7 +569,7 @@ def module_budget(case, dtype) -> tuple:
 def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
     # Attention is computed in the storage type throughout, inpainting in float32 at least.
     arithmetic = F64 if dtype == F64 else F32
-    attend = functools.partial(test_slot_attention.results, literal.slot_attention)
+    attend = functools.partial(attention_spec.results, attention_spec.literal_slot_attention)
     for case in attention_spec.CASES:
         if case.name in ATTENTION_CASES:
             yield budget("slot_attention", attend, case, dtype, dtype, return_attention=True)
@@ -862,7 +855,7 @@ def restrided(x: Tensor, how: str) -> Tensor:
         return x.repeat_interleave(2)[::2]
     if x.dim() == 2 and how == "heads":
         how = "transposed"
-    return test_slot_attention._strided(x, how)
+    return attention_spec.strided(x, how)
 
 
 each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads", "of one number"])
@@ -983,10 +976,10 @@ def test_gradcheck_of_entropies(function, K):
     assert torch.autograd.gradcheck(lambda *x: function(*x, backend="cpu", **options), leaves)
 
 
-@pytest.mark.parametrize("case", test_slot_attention.SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", attention_spec.SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
 def test_gradcheck_from_inputs(case, biases):
-    tensors, options = test_slot_attention.from_inputs(case, "cpu", biases)
+    tensors, options = attention_spec.from_inputs(case, "cpu", biases)
     leaves = [x if x is None else x.requires_grad_() for x in tensors]
 
     def function(*leaves):
@@ -1014,10 +1007,10 @@ def test_any_large_shape(batch, K, N, Dk, Dv, options, slots, inputs, joint_head
     options = options | {"joint_heads": joint_heads and len(batch) > 0}
     case = attention_spec.Case("any", batch, K, N, Dk, Dv, options, slots, inputs)
     tensors, options = case.make(F32)
-    got = test_slot_attention.run(tensors, "cpu", **options)
-    eager = test_slot_attention.run(tensors, "reference", **options)
-    truth = test_slot_attention.run([x.double() for x in tensors], "reference", **options)
-    for name, x, plain, exact in zip(test_slot_attention.NAMES, got, eager, truth, strict=True):
+    got = attention_spec.run(tensors, "cpu", **options)
+    eager = attention_spec.run(tensors, "reference", **options)
+    truth = attention_spec.run([x.double() for x in tensors], "reference", **options)
+    for name, x, plain, exact in zip(attention_spec.NAMES, got, eager, truth, strict=True):
         assert x.shape == exact.shape
         if exact.numel():
             allowed = attention_spec.allowed_error(exact, plain)

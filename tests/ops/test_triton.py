@@ -5,11 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import test_broadcast_conv2d
 import test_compose
 import test_iio_loss
-import test_slot_attention
-import test_slot_attention_module
 import test_spatial_mixture
 import torch
 from aot import ARCHITECTURES, Compiled, compile_calls
@@ -20,6 +17,9 @@ from torch import Tensor
 from iio_kernels import slot_attention, slot_attention_from_inputs, spatial_mixture
 from iio_kernels.runtime import triton_support
 from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing import broadcast_conv2d as broadcast_samples
+from iio_kernels.testing import slot_attention as attention_samples
+from iio_kernels.testing import slot_attention_module as iterations_samples
 from iio_kernels.testing.slot_attention import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,11 +103,11 @@ def of_slot_attention(cast, **options):
     case = Case("rounded", N=13, **options)
     tensors, more = case.make(torch.float32)
     incoming = random_like((*case.batch, case.K, case.Dv), (*case.batch, case.K, case.N))
-    return test_slot_attention.run([cast(x) for x in tensors], "triton", [cast(x) for x in incoming], **more)
+    return attention_samples.run([cast(x) for x in tensors], "triton", [cast(x) for x in incoming], **more)
 
 
 def of_from_inputs(cast):
-    tensors, _ = test_slot_attention.from_inputs(Case("rounded", N=13), "cpu")
+    tensors, _ = attention_samples.from_inputs(Case("rounded", N=13), "cpu")
     leaves = [cast(x).requires_grad_() for x in tensors]
     U, A = slot_attention_from_inputs(*leaves, return_attention=True, backend="triton")
     incoming = [cast(x) for x in random_like(U.shape, A.shape)]
@@ -115,10 +115,10 @@ def of_from_inputs(cast):
 
 
 def of_broadcast(cast, transposed):
-    case = test_broadcast_conv2d.Case("rounded", size=(5, 4), transposed=transposed)
+    case = broadcast_samples.Case("rounded", size=(5, 4), transposed=transposed)
     tensors, options = case.make(torch.float32)
     (incoming,) = random_like((2, 3, *case.result))
-    return test_broadcast_conv2d.run([cast(x) for x in tensors], "triton", cast(incoming), **options)
+    return broadcast_samples.run([cast(x) for x in tensors], "triton", cast(incoming), **options)
 
 
 def of_images(module, run, cast):
@@ -127,10 +127,10 @@ def of_images(module, run, cast):
 
 
 def of_iterations(cast):
-    (x, slots, weights, T), _ = test_slot_attention_module.Case("rounded", B=1, N=11, T=2).make(torch.float32)
+    (x, slots, weights, T), _ = iterations_samples.Case("rounded", B=1, N=11, T=2).make(torch.float32)
     weights = type(weights)(*map(cast, weights))
     incoming = cast(random_like(slots.shape)[0]), random_like((1, 4, 11))[0]
-    return test_slot_attention_module.run((cast(x), cast(slots), weights, T), "triton", incoming)
+    return iterations_samples.run((cast(x), cast(slots), weights, T), "triton", incoming)
 
 
 #: What of each operation goes to and comes from a kernel, by a cast of all that it takes.
