@@ -22,11 +22,11 @@ assert_all_close = comparison(NAMES, 1e-11)
 @pytest.mark.parametrize("joint_heads", [False, True])
 def test_strided_inputs(how, joint_heads, backend, device):
     tensors, _ = Case("strided", batch=(3,), Dv=6).make(device=device)
-    strided = [strided(x, how) for x in tensors]
-    assert not any(x.is_contiguous() for x in strided)
-    leaves = [x.clone(memory_format=torch.contiguous_format) for x in strided]
+    operands = [strided(x, how) for x in tensors]
+    assert not any(x.is_contiguous() for x in operands)
+    leaves = [x.clone(memory_format=torch.contiguous_format) for x in operands]
     expected = run(leaves, backend, joint_heads=joint_heads)
-    views = [x.detach().requires_grad_() for x in strided]
+    views = [x.detach().requires_grad_() for x in operands]
     U, A = slot_attention(*views, joint_heads=joint_heads, return_attention=True, backend=backend)
     random = torch.Generator().manual_seed(1)
     incoming = [torch.randn(x.shape, generator=random).to(x) for x in (U, A)]
@@ -37,10 +37,10 @@ def test_strided_inputs(how, joint_heads, backend, device):
 def test_strided_incoming_gradients(how, backend, device):
     tensors, _ = Case("strided", batch=(3,), Dv=6).make(device=device)
     dense = [torch.randn(3, 4, 6, device=device), torch.randn(3, 4, 37, device=device)]
-    strided = [strided(x.double(), how) for x in dense]
-    assert not any(x.is_contiguous() for x in strided)
-    got = run(tensors, backend, strided)
-    assert_all_close(got, run(tensors, backend, [x.contiguous() for x in strided]))
+    incoming = [strided(x.double(), how) for x in dense]
+    assert not any(x.is_contiguous() for x in incoming)
+    got = run(tensors, backend, incoming)
+    assert_all_close(got, run(tensors, backend, [x.contiguous() for x in incoming]))
 
 
 def test_sum_sends_gradients_of_stride_zero(backend, device):
