@@ -11,8 +11,8 @@ from torch import Tensor
 
 import iio_kernels
 from iio_kernels.nn import SlotAttention
+from iio_kernels.testing.slot_attention_module import literal_slot_attention_module
 from models.slot_attention import Decoder, Encoder, SlotAttentionAutoEncoder
-from tests import literal
 
 
 def encode(encoder: Encoder, image: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def encode(encoder: Encoder, image: Tensor) -> Tensor:
 
 
 def attend(module: SlotAttention, inputs: Tensor, slots: Tensor, iterations: int) -> Tensor:
-    return literal.slot_attention_module(module.norm_inputs(inputs), slots, module.weights(), iterations)[0]
+    return literal_slot_attention_module(module.norm_inputs(inputs), slots, module.weights(), iterations)[0]
 
 
 def decode(decoder: Decoder, slots: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bench.races import OURS, Inputs, OddCall, Race
 from iio_kernels import SlotAttentionWeights, slot_attention_module
-from iio_kernels.testing.slot_attention_module import BENCHMARKS, Case
-from tests import literal
+from iio_kernels.testing.slot_attention_module import BENCHMARKS, Case, literal_slot_attention_module
 
 # The races
 
@@ -21,7 +20,7 @@ def contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
     """Against the algorithm with keys and values, projected once for all iterations."""
 
     def eager(*given):
-        return literal.slot_attention_module(*given)[0]
+        return literal_slot_attention_module(*given)[0]
 
     return {"eager": eager, "torch.compile": eager, "ours": functools.partial(slot_attention_module, backend=OURS)}
 

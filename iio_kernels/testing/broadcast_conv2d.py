@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from iio_kernels.ops.broadcast_conv2d.api import broadcast_conv2d
 from iio_kernels.ops.broadcast_conv2d.common import classes
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
@@ -115,6 +117,70 @@ CASES = (
     Case("one row", size=(1, 40)),
     Case("one column", size=(40, 1)),
 )  # fmt: skip
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def literal_broadcast_conv2d(
+    z: Tensor,
+    weight: Tensor,
+    position_map: Tensor,
+    size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    transposed: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """(..., O, H', W'): z at every pixel of the grid, convolved there."""
+    grid = z.reshape(-1, z.shape[-1], 1, 1).expand(-1, -1, *size)
+    if transposed:
+        sizes = zip(position_map.shape[1:], size, stride, padding, weight.shape[2:], strict=True)
+        over = [out - ((n - 1) * s - 2 * p + k) for out, n, s, p, k in sizes]
+        convolved = F.conv_transpose2d(grid, weight, None, stride, padding, over)
+    else:
+        convolved = F.conv2d(grid, weight, None, stride, padding)
+    out = convolved + position_map
+    return (out.relu() if relu else out).view(*z.shape[:-1], *position_map.shape)
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+#: What the results and gradients of a call are, in this order.
+NAMES = ("out", "dz", "dweight", "dposition_map")
+
+#: A decoder's layer that doubles the size of the grid.
+STRIDED_CONV = Case("transposed", size=(6, 5), stride=(2, 2), output_padding=(1, 1), transposed=True)
+
+
+def random_like(x: Tensor) -> Tensor:
+    """Random numbers (fixed seed) in x's shape and dtype."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+
+
+def results(
+    function: Callable[..., Tensor], tensors: Iterable[Tensor], incoming: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """What `function` returns, and the gradients to its tensors from the one that comes in, `incoming` or else random
+    (fixed seed)."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    out = function(*leaves, **options)
+    incoming = random_like(out) if incoming is None else incoming
+    return out.detach(), *torch.autograd.grad(out, leaves, incoming)
+
+
+def run(tensors: Iterable[Tensor], backend: str, incoming: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """What a backend makes of the tensors: see `results`."""
+    return results(broadcast_conv2d, tensors, incoming, backend=backend, **options)
+
+
+def literally(tensors: Iterable[Tensor], incoming: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """What literally convolving the grid makes of the tensors: see `results`."""
+    return results(literal_broadcast_conv2d, tensors, incoming, **options)
+
+
+# --- what is measured -------------------------------------------------------------------------------------
 
 #: The sizes in use, for benchmarks: all slots of a batch.
 BENCHMARKS = {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iio_kernels.ops.slot_attention.api import slot_attention
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
@@ -129,6 +131,135 @@ CASES = (
     Case("no input", inputs="none"),
     Case("both masks", options={"eps": 0.1}, slots="some", inputs="some"),
 )
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def literal_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-8,
+    eps_in: str = "weights",
+    normalize: str = "mean",
+    joint_heads: bool = False,
+    slot_mask: Tensor | None = None,
+    input_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """U (..., K, Dv) and A (..., K, N). An image at a time; what is masked is left out, not filled in."""
+    batch, (K, Dk), N = q.shape[:-2], q.shape[-2:], k.shape[-2]
+    scale = Dk**-0.5 if scale is None else scale
+    slots = (torch.tensor(True) if slot_mask is None else slot_mask).to(q.device).expand(*batch, K)
+    inputs = (torch.tensor(True) if input_mask is None else input_mask).to(q.device).expand(*batch, N)
+
+    places, shares = [], []
+    images = batch[:-1] if joint_heads else batch
+    for image in product(*map(range, images)):
+        heads = [(*image, h) for h in range(batch[-1])] if joint_heads else [image]
+        for n in range(N):
+            # Everything that competes for input n: the slots of all these heads.
+            rivals = [(*head, s) for head in heads for s in range(K) if inputs[head][n] and slots[head][s]]
+            if rivals:
+                logits = torch.stack([scale * (q[rival] * k[rival[:-1]][n]).sum() for rival in rivals])
+                places += [(*rival, n) for rival in rivals]
+                shares.append(logits.softmax(0))
+    A = q.new_zeros(*batch, K, N)
+    if places:
+        A = A.index_put(tuple(torch.tensor(places, device=q.device).T), torch.cat(shares))
+
+    U = []
+    for slot in product(*map(range, (*batch, K))):
+        taking_part = inputs[slot[:-1]]
+        weights, values = A[slot][taking_part], v[slot[:-1]][taking_part]
+        if normalize == "mean":
+            weights = weights + eps if eps_in == "weights" else weights
+            total = weights.sum() + (eps if eps_in == "denominator" else 0)
+            weights = weights * 0 if total == 0 else weights / total
+        U.append((weights.unsqueeze(1) * values).sum(0))
+    return torch.stack(U).view(*batch, K, -1) if U else v.new_zeros(*batch, K, v.shape[-1]), A
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+#: What the results and gradients of a call are, in this order.
+NAMES = ("U", "A", "dq", "dk", "dv")
+
+#: Calls that are small enough to be differentiated number by number.
+SMALL = (
+    Case("weights", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"eps": 0.1}),
+    Case("denominator", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"eps": 0.1, "eps_in": "denominator"}),
+    Case("sum", batch=(2,), K=3, N=4, Dk=2, Dv=3, options={"normalize": "sum"}),
+    Case("joint", batch=(2,), K=2, N=3, Dk=2, Dv=3, options={"joint_heads": True}, slots="some", inputs="some"),
+)
+
+
+def case_named(name: str) -> Case:
+    """That of `CASES`."""
+    return next(case for case in CASES if case.name == name)
+
+
+def results(
+    function: Callable[..., Sequence[Tensor]],
+    tensors: Iterable[Tensor],
+    incoming: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """U, A and the gradients to q, k, v; those to U and A are `incoming`, else random (fixed seed)."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    outputs = function(*leaves, **options)
+    if incoming is None:
+        random = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(x.shape, generator=random).to(x) for x in outputs]
+    # Of nothing at all (no images, everything masked) the literal formula has no graph.
+    pairs = [(x, g) for x, g in zip(outputs, incoming, strict=True) if x.requires_grad]
+    gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
+    if pairs:
+        gradients = torch.autograd.grad(
+            [x for x, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+        )
+    return *(x.detach() for x in outputs), *gradients
+
+
+def run(
+    tensors: Iterable[Tensor], backend: str, incoming: Sequence[Tensor] | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """What a backend makes of q, k and v: see `results`."""
+    return results(slot_attention, tensors, incoming, backend=backend, return_attention=True, **options)
+
+
+def from_inputs(
+    case: Case, device: str, biases: bool = True, joint_heads: bool = False
+) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """x, q, wk, bk, wv, bv and the options of a case, keys and values projected from inputs 6 wide."""
+    (q, _, _), options = case.make(device=device)
+    random = torch.Generator().manual_seed(4)
+    heads = (case.batch[-1],) if joint_heads else ()
+    shapes = [(*case.batch, case.N, 6), q.shape, (*heads, case.Dk, 6), (*heads, case.Dk), (*heads, case.Dv, 6)]
+    shapes.append((*heads, case.Dv))
+    x, _, wk, bk, wv, bv = (torch.randn(shape, generator=random, dtype=q.dtype).to(device) for shape in shapes)
+    return (x, q, wk, bk if biases else None, wv, bv if biases else None), options
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values under other strides."""
+    if how == "transposed":
+        return x.mT.contiguous().mT
+    if how == "sliced":
+        wide = torch.full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), float("nan")).to(x)
+        view = wide[..., ::2, 1::3]
+        return view.copy_(x)
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    if how == "heads":  # (B, N, H, D) seen as (B, H, N, D)
+        return x.transpose(0, -2).contiguous().transpose(0, -2)
+    raise ValueError(how)
+
+
+# --- what is measured -------------------------------------------------------------------------------------
 
 #: The sizes in use, for benchmarks; for a CPU in batches that it gets through. "From inputs", Dv is the width of x.
 BENCHMARKS = {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from iio_kernels.ops.slot_attention_module.api import SlotAttentionWeights
+from iio_kernels.ops.slot_attention_module.api import SlotAttentionWeights, slot_attention_module
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
@@ -96,6 +97,94 @@ CASES = (
     Case("options", options={"eps": 0.1, "norm_eps": 0.01, "scale": 1.7}),
     Case("zero eps", options={"eps": 0.0}),
 )
+
+# --- the formula as printed -------------------------------------------------------------------------------
+# Slow, plain, the yardstick: it shares nothing with the operation's implementation, and is not to.
+
+
+def literal_slot_attention_module(
+    x: Tensor,
+    slots: Tensor,
+    weights: tuple[Tensor, ...],
+    iterations: int,
+    *,
+    eps: float = 1e-8,
+    norm_eps: float = 1e-5,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of Locatello et al. 2020, of torch's own layers: the slots and the last attention (B, K, N)."""
+    g, b, wq, wk, wv, *gru, g_mlp, b_mlp, w1, b1, w2, b2 = weights
+    D, scale = slots.shape[-1:], len(wq) ** -0.5 if scale is None else scale
+    k, v = F.linear(x, wk), F.linear(x, wv)
+    for _ in range(iterations):
+        q = F.linear(F.layer_norm(slots, D, g, b, norm_eps), wq)
+        attention = (k @ q.mT * scale).softmax(-1)
+        W = attention + eps
+        updates = (W / W.sum(1, keepdim=True)).mT @ v
+        slots = torch.gru_cell(updates.flatten(0, 1), slots.flatten(0, 1), *gru).view_as(slots)
+        slots = slots + F.linear(F.linear(F.layer_norm(slots, D, g_mlp, b_mlp, norm_eps), w1, b1).relu(), w2, b2)
+    return slots, attention.mT
+
+
+# --- what tests call --------------------------------------------------------------------------------------
+
+
+#: The tensors of a call, and what the results and gradients are, in this order.
+INPUTS = ("x", "slots", *SlotAttentionWeights._fields)
+NAMES = ("slots out", "attention", *(f"d{name}" for name in INPUTS))
+
+#: A call that is small enough to be differentiated number by number.
+SMALL = Case("small", B=1, N=5, K=2, Dx=2, D=3, H=2, Dk=2, T=2)
+
+#: x, slots, weights and T.
+Arguments: TypeAlias = tuple[Tensor, Tensor, SlotAttentionWeights, int]
+
+
+def random_like(*tensors: Tensor) -> list[Tensor]:
+    """Random numbers (fixed seed) in the tensors' shapes and dtypes."""
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x) for x in tensors]
+
+
+def results(
+    function: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    slots: Tensor,
+    weights: Sequence[Tensor],
+    T: int,
+    incoming: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The slots, the attention, and the gradients to x, slots and each of the weights from those that come in,
+    `incoming` or else random (fixed seed)."""
+    leaves = [y.detach().requires_grad_() for y in (x, slots, *weights)]
+    outputs = function(*leaves[:2], SlotAttentionWeights(*leaves[2:]), T, **options)
+    incoming = random_like(*outputs) if incoming is None else incoming
+    gradients = torch.autograd.grad(outputs, leaves, incoming, allow_unused=True, materialize_grads=True)
+    return *(y.detach() for y in outputs), *gradients
+
+
+def run(
+    arguments: Arguments, backend: str, incoming: Sequence[Tensor] | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """What a backend makes of the arguments: see `results`."""
+    return results(
+        slot_attention_module, *arguments, incoming=incoming, return_attention=True, backend=backend, **options
+    )
+
+
+def literally(arguments: Arguments, incoming: Sequence[Tensor] | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """What the literal algorithm makes of the arguments: see `results`."""
+    return results(literal_slot_attention_module, *arguments, incoming=incoming, **options)
+
+
+def cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """All tensors in `dtype`."""
+    x, slots, weights, T = arguments
+    return x.to(dtype), slots.to(dtype), SlotAttentionWeights(*(w.to(dtype) for w in weights)), T
+
+
+# --- what is measured -------------------------------------------------------------------------------------
 
 #: The sizes in use, for benchmarks; for a CPU in batches that it gets through.
 BENCHMARKS = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import literal
 import pytest
 import torch
 from serving import SERVING
 from torch import Tensor
 
 from iio_kernels.nn import SlotAttention
+from iio_kernels.testing.slot_attention_layer import literal_slot_attention_layer
 
 NAN = float("nan")
 
@@ -145,7 +145,7 @@ def formula(module: SlotAttention, inputs: Tensor, slots: Tensor, **arguments: A
     batch = inputs.shape[:-2]
     inputs, slots = (x.reshape(-1, *x.shape[-2:]) for x in (inputs, slots))
     options = {name: getattr(module, name) for name in FORMULA}
-    out, A, W = literal.slot_attention_layer(
+    out, A, W = literal_slot_attention_layer(
         dict(module.named_parameters()), inputs, slots, module.iterations, **options, **arguments
     )
     out = out.view(*batch, *out.shape[1:])

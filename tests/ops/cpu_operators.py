@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import test_broadcast_conv2d
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from iio_kernels.ops.iio_loss import sampling
 from iio_kernels.ops.slot_attention_module import api as iterations_operation
 from iio_kernels.runtime import backends, build
 from iio_kernels.runtime.backends import OPERATIONS
+from iio_kernels.testing import broadcast_conv2d as broadcast_spec
 from iio_kernels.testing import compose as composition_spec
 from iio_kernels.testing import slot_attention_module as iterations_spec
 from iio_kernels.testing import spatial_mixture as mixture_spec
@@ -180,7 +180,7 @@ def broadcast_backward(**how) -> dict[str, object]:
     arguments = broadcast(**how)
     (out,) = call("broadcast_forward", arguments)
     del arguments["dtype"]
-    return {"d_out": test_broadcast_conv2d.random_like(out), **arguments}
+    return {"d_out": broadcast_spec.random_like(out), **arguments}
 
 
 def iterations(dtype=F32, B=2, N=37, K=3, Dx=5, D=7, H=6, T=2, eps=1e-3, return_attention=True) -> dict[str, object]:

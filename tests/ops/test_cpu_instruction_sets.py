@@ -8,11 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import literal
 import pytest
-import test_broadcast_conv2d
-import test_slot_attention
-import test_slot_attention_module
 import torch
 from cpu_operators import (
     BF16,
@@ -89,7 +85,7 @@ def mixed(tensors, incoming, **options) -> tuple[Tensor, ...]:
 
 
 def broadcasted(tensors, incoming, **options) -> tuple[Tensor, ...]:
-    return test_broadcast_conv2d.literally(tensors, *incoming, **options)
+    return broadcast_spec.literally(tensors, *incoming, **options)
 
 
 def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
@@ -113,14 +109,10 @@ def budget(name, formula, case, dtype, plain, copies=1, **more) -> tuple:
 def module_budget(case, dtype) -> tuple:
     """`budget` of slot_attention_module, whose weights are a tuple."""
     arguments, options = case.make(dtype)
-    exact = test_slot_attention_module.plain(test_slot_attention_module.cast(arguments, F64), **options)
-    eager = (
-        exact
-        if dtype == F64
-        else test_slot_attention_module.plain(test_slot_attention_module.cast(arguments, F32), **options)
-    )
+    exact = iterations_spec.literally(iterations_spec.cast(arguments, F64), **options)
+    eager = exact if dtype == F64 else iterations_spec.literally(iterations_spec.cast(arguments, F32), **options)
     x, slots, weights, T = arguments
-    incoming = [y.to(slots.dtype) for y in test_slot_attention_module.random_like(*exact[:2])]
+    incoming = [y.to(slots.dtype) for y in iterations_spec.random_like(*exact[:2])]
     options = options | {"iterations": T, "return_attention": True}
     call = "slot_attention_module", (x, slots, *weights), incoming, options
     return f"slot_attention_module, {case.name}, {dtype}", call, exact, eager
@@ -129,7 +121,7 @@ def module_budget(case, dtype) -> tuple:
 def budgets_of(dtype: torch.dtype) -> Iterator[tuple]:
     # Attention is computed in the storage type throughout, inpainting in float32 at least.
     arithmetic = F64 if dtype == F64 else F32
-    attend = functools.partial(test_slot_attention.results, literal.slot_attention)
+    attend = functools.partial(attention_spec.results, attention_spec.literal_slot_attention)
     for case in attention_spec.CASES:
         if case.name in ATTENTION_CASES:
             yield budget("slot_attention", attend, case, dtype, dtype, return_attention=True)

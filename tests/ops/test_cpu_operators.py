@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import test_slot_attention
 import torch
 from cpu_operators import (
     BROADCAST,
@@ -152,10 +151,10 @@ def test_gradcheck_of_entropies(function, K):
     assert torch.autograd.gradcheck(lambda *x: function(*x, backend="cpu", **options), leaves)
 
 
-@pytest.mark.parametrize("case", test_slot_attention.SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", attention_spec.SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
 def test_gradcheck_from_inputs(case, biases):
-    tensors, options = test_slot_attention.from_inputs(case, "cpu", biases)
+    tensors, options = attention_spec.from_inputs(case, "cpu", biases)
     leaves = [x if x is None else x.requires_grad_() for x in tensors]
 
     def function(*leaves):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import test_slot_attention
 import torch
 from cpu_operators import (
     F32,
@@ -37,10 +36,10 @@ def test_any_large_shape(batch, K, N, Dk, Dv, options, slots, inputs, joint_head
     options = options | {"joint_heads": joint_heads and len(batch) > 0}
     case = attention_spec.Case("any", batch, K, N, Dk, Dv, options, slots, inputs)
     tensors, options = case.make(F32)
-    got = test_slot_attention.run(tensors, "cpu", **options)
-    eager = test_slot_attention.run(tensors, "reference", **options)
-    truth = test_slot_attention.run([x.double() for x in tensors], "reference", **options)
-    for name, x, plain, exact in zip(test_slot_attention.NAMES, got, eager, truth, strict=True):
+    got = attention_spec.run(tensors, "cpu", **options)
+    eager = attention_spec.run(tensors, "reference", **options)
+    truth = attention_spec.run([x.double() for x in tensors], "reference", **options)
+    for name, x, plain, exact in zip(attention_spec.NAMES, got, eager, truth, strict=True):
         assert x.shape == exact.shape
         if exact.numel():
             allowed = attention_spec.allowed_error(exact, plain)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import test_slot_attention
 import torch
 from cpu_operators import (
     ATTENTION,
@@ -42,7 +41,7 @@ def restrided(x: Tensor, how: str) -> Tensor:
         return x.repeat_interleave(2)[::2]
     if x.dim() == 2 and how == "heads":
         how = "transposed"
-    return test_slot_attention._strided(x, how)
+    return attention_spec.strided(x, how)
 
 
 each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads", "of one number"])

@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import test_broadcast_conv2d
-import test_slot_attention
-import test_slot_attention_module
 import torch
 from depth import DEEP
 from torch import Tensor
@@ -15,8 +12,11 @@ from torch import Tensor
 from iio_kernels import slot_attention, slot_attention_from_inputs, spatial_mixture
 from iio_kernels.runtime import triton_support
 from iio_kernels.runtime.backends import BACKENDS
+from iio_kernels.testing import broadcast_conv2d as broadcast_samples
 from iio_kernels.testing import compose as composition_spec
 from iio_kernels.testing import iio_loss as iio_spec
+from iio_kernels.testing import slot_attention as attention_samples
+from iio_kernels.testing import slot_attention_module as iterations_samples
 from iio_kernels.testing import spatial_mixture as mixture_spec
 from iio_kernels.testing.aot import ARCHITECTURES, Compiled, all_calls, compile_calls
 from iio_kernels.testing.slot_attention import Case
@@ -102,11 +102,11 @@ def of_slot_attention(cast, **options):
     case = Case("rounded", N=13, **options)
     tensors, more = case.make(torch.float32)
     incoming = random_like((*case.batch, case.K, case.Dv), (*case.batch, case.K, case.N))
-    return test_slot_attention.run([cast(x) for x in tensors], "triton", [cast(x) for x in incoming], **more)
+    return attention_samples.run([cast(x) for x in tensors], "triton", [cast(x) for x in incoming], **more)
 
 
 def of_from_inputs(cast):
-    tensors, _ = test_slot_attention.from_inputs(Case("rounded", N=13), "cpu")
+    tensors, _ = attention_samples.from_inputs(Case("rounded", N=13), "cpu")
     leaves = [cast(x).requires_grad_() for x in tensors]
     U, A = slot_attention_from_inputs(*leaves, return_attention=True, backend="triton")
     incoming = [cast(x) for x in random_like(U.shape, A.shape)]
@@ -114,10 +114,10 @@ def of_from_inputs(cast):
 
 
 def of_broadcast(cast, transposed):
-    case = test_broadcast_conv2d.Case("rounded", size=(5, 4), transposed=transposed)
+    case = broadcast_samples.Case("rounded", size=(5, 4), transposed=transposed)
     tensors, options = case.make(torch.float32)
     (incoming,) = random_like((2, 3, *case.result))
-    return test_broadcast_conv2d.run([cast(x) for x in tensors], "triton", cast(incoming), **options)
+    return broadcast_samples.run([cast(x) for x in tensors], "triton", cast(incoming), **options)
 
 
 def of_images(module, run, cast):
@@ -126,10 +126,10 @@ def of_images(module, run, cast):
 
 
 def of_iterations(cast):
-    (x, slots, weights, T), _ = test_slot_attention_module.Case("rounded", B=1, N=11, T=2).make(torch.float32)
+    (x, slots, weights, T), _ = iterations_samples.Case("rounded", B=1, N=11, T=2).make(torch.float32)
     weights = type(weights)(*map(cast, weights))
     incoming = cast(random_like(slots.shape)[0]), random_like((1, 4, 11))[0]
-    return test_slot_attention_module.run((cast(x), cast(slots), weights, T), "triton", incoming)
+    return iterations_samples.run((cast(x), cast(slots), weights, T), "triton", incoming)
 
 
 #: What of each operation goes to and comes from a kernel, by a cast of all that it takes.
