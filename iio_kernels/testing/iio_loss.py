@@ -24,7 +24,7 @@ from iio_kernels.runtime.numerics import twice_and_4_units
 class Case:
     """A named call of `iio_kernels.iio_loss`: image (B, C, H, W), masks (B, K, H, W).
 
-    image: "noise" (uniform) or "flat" (one colour throughout).
+    image: "noise" (uniform) or "flat" (one color throughout).
     masks: "soft" (a softmax), "one-hot", "empty" (one-hot, the last two without a pixel), or "single"
         (one-hot, all pixels in the first).
     """
