@@ -26,7 +26,7 @@ from iio_kernels.testing.aot import arithmetic, on_meta
 class Case:
     """A named call of `iio_kernels.iio_loss`: image (B, C, H, W), masks (B, K, H, W).
 
-    image: "noise" (uniform) or "flat" (one colour throughout).
+    image: "noise" (uniform) or "flat" (one color throughout).
     masks: "soft" (a softmax), "one-hot", "empty" (one-hot, the last two without a pixel), or "single"
         (one-hot, all pixels in the first).
     """

@@ -134,7 +134,7 @@ def test_inpaint_predicts_convex_combinations(backend, device):
     assert (psi <= high + 1e-12).all()
 
 
-def test_far_from_the_mask_inpaint_predicts_its_mean_colour(backend, device):
+def test_far_from_the_mask_inpaint_predicts_its_mean_color(backend, device):
     image = torch.rand(1, 3, 11, 60, dtype=torch.float64, device=device)
     mask = torch.zeros(1, 1, 11, 60, dtype=torch.float64, device=device)
     mask[..., :4] = 1

@@ -20,7 +20,7 @@ _SHARED = {
         kernel_size: number of taps, odd, at most H and W. They are normalised to sum to 1; borders see zeros.
         repeats: how many times the filter is applied, >= 1.
         eps: >= 0, relative: eps times each plane's sum over pixels, taken before filtering, is added to it after,
-            so that far from a mask the prediction falls back to the mask's mean colour.""",
+            so that far from a mask the prediction falls back to the mask's mean color.""",
     "backend": """backend: "auto" takes the fastest that serves the tensors' device; see `iio_kernels.backends()`.""",
     "empty": """Empty masks: a term whose mask, or whose whole conditioning set, sums to exactly 0 is 0 with zero
     gradient; so is, with eps = 0, the error of a pixel that the filter does not reach from the set. Mask values below
@@ -235,7 +235,7 @@ def inpaint(
         {backend}
 
     Returns:
-        psi `(B, M, C, H, W)`, in at least float32: convex combinations of the colours under the mask. 0 where the
+        psi `(B, M, C, H, W)`, in at least float32: convex combinations of the colors under the mask. 0 where the
         denominator is exactly 0 (an empty mask; or far from the mask with eps = 0). Differentiable in image and masks.
 
     Values are never inspected: a NaN travels into the result and its gradients, and no call waits for the device.
