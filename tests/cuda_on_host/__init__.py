@@ -7,8 +7,10 @@ operators are then torch.ops.iio_kernels_on_host, and a backend "cuda_on_host" s
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +19,7 @@ import torch
 from iio_kernels.ops.iio_loss import compiled
 from iio_kernels.runtime import build as compilation
 from iio_kernels.runtime.backends import BACKENDS, Backend
+from iio_kernels.runtime.build import libraries
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-ffp-contract=off",
@@ -27,7 +30,7 @@ def build(folder: Path, *flags: str) -> Path:
     """Compile the library, with more flags if wanted."""
     compiler, csrc = [*compilation.find_compiler(), *FLAGS, *flags], compilation.sources()
     kernels = [*compiler, "-I", str(HERE), "-x", "c++", "-c", str(csrc / "iio_loss.cu")]
-    bindings = [*compiler, *compilation.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
+    bindings = [*compiler, *libraries.TORCH_HEADERS, "-include", str(HERE / "torch.h"), "-c"]
     objects = [str(folder / f"{name}.o") for name in ("float", "double", "bindings")]
     compile_all = [
         [*kernels, "-DIIO_REAL=float", "-o", objects[0]],
@@ -35,9 +38,9 @@ def build(folder: Path, *flags: str) -> Path:
         [*bindings, str(csrc / "iio_loss_cuda_bindings.cpp"), "-o", objects[2]],
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compilation._call, compile_all))
+        list(pool.map(partial(subprocess.run, check=True), compile_all))
     path = folder / "cuda_on_host.so"
-    compilation._call([*compiler, "-shared", *objects, *compilation.TORCH_LIBRARIES, "-o", str(path)])
+    subprocess.run([*compiler, "-shared", *objects, *libraries.TORCH_LIBRARIES, "-o", str(path)], check=True)
     return path
 
 

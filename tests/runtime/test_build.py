@@ -8,15 +8,15 @@ import signal
 import stat
 import subprocess
 import sys
-import tarfile
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from iio_kernels.runtime import build
+from iio_kernels.runtime.build import cache, libraries
+from iio_kernels.runtime.build.ninja import compile_library, find_ninja
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(build.missing() is not None, reason=f"no CPU kernels: {build.missing()}")
@@ -112,13 +112,15 @@ def test_four_processes_at_once_build_it_once(tmp_path, compiler):
     processes = [start(tmp_path / "cache", compiler) for _ in range(4)]
     assert all("serves: ['cpu', 'reference']" in finish(process)[0] for process in processes)
     assert calls(compiler).count("link") == 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock"] == [".so"]
+    left = {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()}
+    assert left == {"lock", "cpu", "objects"}  # no folder that a build was made in
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
 
 
 @needs_kernels
 def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
     (tmp_path / "cache").mkdir()
-    with build.exclusive(tmp_path / "cache" / "lock"):
+    with cache.exclusive(tmp_path / "cache" / "lock"):
         waiting = start(tmp_path / "cache", compiler)
         assert f"another process compiles to {tmp_path / 'cache'}; waiting for it" in waiting.stderr.readline()
     assert "serves: ['cpu', 'reference']" in finish(waiting)[0]
@@ -280,7 +282,7 @@ def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_p
 
 def test_a_compiler_that_never_ends(tmp_path, compiler):
     behave(compiler, "hang")
-    program = "import iio_kernels.runtime.build as b; b.TIMEOUT = 1.0\n" + PROGRAM
+    program = "import iio_kernels.runtime.build.ninja as n; n.TIMEOUT = 1.0\n" + PROGRAM
     out, errors = finish(start(tmp_path / "cache", compiler, program))
     assert "serves: ['reference']" in out
     assert "did not end within 1 s" in errors
@@ -332,135 +334,24 @@ def test_the_report_names_backends_compiler_cache_and_instruction_set(tmp_path):
         assert "instruction set" in out
 
 
-# --- what is shipped ----------------------------------------------------------------------------------------
+def test_no_ninja(tmp_path, compiler):
+    program = "import sys; sys.modules['ninja'] = None\n" + PROGRAM
+    out, errors = finish(start(tmp_path / "cache", compiler, program, PATH=str(tmp_path)))
+    assert "serves: ['reference']" in out
+    assert errors.count("RuntimeWarning") == 1
+    assert "there is no ninja, which compiles them: install it with `pip install ninja`" in errors
 
 
-@pytest.fixture(scope="module")
-def shipped(tmp_path_factory) -> Path:
-    """A copy of what is in the repository: building packages leaves folders behind."""
-    copy = tmp_path_factory.mktemp("shipped") / "project"
-    ignored = shutil.ignore_patterns(".git", "runs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    return copy
-
-
-def build_backend(project: Path, call: str, out: Path) -> Path:
-    """Call setuptools' build backend as pip does."""
-    program = f"import setuptools.build_meta as b; print(b.{call}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return out / done.stdout.split()[-1]
-
-
-def test_the_wheel_holds_the_package_and_its_sources_alone(shipped, tmp_path):
-    wheel = build_backend(shipped, "build_wheel", tmp_path)
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"iio_kernels"}
-    inside = {name for name in names if ".dist-info" not in name}
-    assert {f"iio_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= inside
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "iio_kernels").rglob("*.py")} <= inside
-    assert "iio_kernels/py.typed" in inside  # without it type checkers take the package for untyped
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    program = "import iio_kernels, iio_kernels.runtime.build as b; print(b.sources())"
-    process = start(tmp_path / "cache", "c++", program, PYTHONPATH=str(tmp_path / "installed"))
-    assert finish(process)[0].strip() == str(tmp_path / "installed" / "iio_kernels" / "csrc")
-
-
-def test_the_sdist_holds_what_the_wheel_is_made_of(shipped, tmp_path):
-    sdist = build_backend(shipped, "build_sdist", tmp_path)
-    with tarfile.open(sdist) as file:
-        names = {name.split("/", 1)[-1] for name in file.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "iio_kernels").rglob("*.py")} <= names
-    assert "iio_kernels/py.typed" in names
-
-
-# --- memory and undefined behaviour -------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
-def test_it_compiles_for_arm64(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "INSTRUCTION_SETS", {"baseline": []})
-    compile_all, link = build.commands(["aarch64-linux-gnu-g++"], tmp_path)
-    link = [part for part in link if not part.startswith(("-l", "-L"))]  # torch's own libraries are this machine's
-    with build.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build._call, compile_all))
-    build._call(link)
-    machine = (tmp_path / "library.so").read_bytes()[18:20]
-    assert int.from_bytes(machine, "little") == 183  # EM_AARCH64
-
-
-def sanitizer_runtime(compiler: str) -> str | None:
-    """The AddressSanitizer library, which must be loaded before Python; None where there is none."""
-    done = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)
-    return done.stdout.strip() if Path(done.stdout.strip()).is_absolute() else None
-
-
-@pytest.mark.long
-@needs_kernels
-def test_sanitizers_find_nothing(tmp_path):
-    """Every case forward and backward in a build that stops at the first bad access or undefined operation."""
-    compiler = build.find_compiler()[0]
-    runtime = sanitizer_runtime(compiler)
-    if runtime is None:
-        pytest.skip(f"{compiler} has no AddressSanitizer")
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
-    compile_all, link = build.commands([compiler], tmp_path, [*build.FLAGS, "-O1", *sanitize])
-    best = build.instruction_set()
-    for command in compile_all:
-        if any(part.startswith("-DIIO_ISA=") and part != f"-DIIO_ISA={best}" for part in command):
-            command[:] = [part for part in command if part not in sanitize]  # not run here: it has to link
-            command.append("-O0")
-    with build.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build._call, compile_all))
-    build._call(link)
-    program = f"""
-import torch
-torch.ops.load_library({str(tmp_path / "library.so")!r})
-import iio_kernels.runtime.build as b
-b._load = lambda library: None
-import iio_kernels
-from iio_kernels.testing.broadcast_conv2d import CASES as broadcast
-from iio_kernels.testing.compose import CASES as composition
-from iio_kernels.testing.iio_loss import CASES as iio
-from iio_kernels.testing.slot_attention_module import CASES as iterations
-from iio_kernels.testing.spatial_mixture import CASES as mixture
-from iio_kernels.testing.slot_attention import CASES as attention
-for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    for case in attention:
-        tensors, options = case.make(dtype)
-        leaves = [x.requires_grad_() for x in tensors]
-        for x in (leaves, leaves[:2] + leaves[1:2]):
-            U, A = iio_kernels.slot_attention(*x, backend="cpu", return_attention=True, **options)
-            (U.sum() + A.square().sum()).backward()
-    for case in iio:
-        tensors, options = case.make(dtype)
-        leaves = [x.requires_grad_() for x in tensors]
-        iio_kernels.iio_loss(*leaves, backend="cpu", **options).backward()
-        iio_kernels.conditional_entropies(*leaves, backend="cpu", **options).sum().backward()
-        iio_kernels.inpaint(*leaves, backend="cpu", **options).sum().backward()
-    for case in composition:
-        tensors, options = case.make(dtype)
-        leaves = [x.requires_grad_() for x in tensors]
-        error, masks = iio_kernels.composition_error(*leaves, backend="cpu", return_masks=True, **options)
-        reconstruction, _ = iio_kernels.compose(leaves[1], backend="cpu")
-        (error + masks.square().sum() + reconstruction.sum()).backward()
-    for case in mixture:
-        tensors, options = case.make(dtype)
-        results = iio_kernels.spatial_mixture(*(x.requires_grad_() for x in tensors), backend="cpu", **options)
-        sum(x.square().sum() for x in results[:3]).backward()
-    for case in broadcast:
-        tensors, options = case.make(dtype)
-        leaves = [x.requires_grad_() for x in tensors]
-        iio_kernels.broadcast_conv2d(*leaves, backend="cpu", **options).square().sum().backward()
-    for case in iterations:
-        (x, slots, weights, T), options = case.make(dtype)
-        options |= {{"return_attention": True, "backend": "cpu"}}
-        slots, A = iio_kernels.slot_attention_module(x.requires_grad_(), slots, weights, T, **options)
-        (slots.sum() + A.square().sum()).backward()
-print("clean")
-"""
-    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0"}
-    out, _ = finish(start(tmp_path / "cache", compiler, program, **environment))
-    assert out.strip() == "clean"
+def test_only_what_changed_is_compiled_again(tmp_path, compiler):
+    """Told by contents: times of files deceive where another version of the sources takes their place."""
+    commands = libraries.Commands(
+        {f"{x}.o": [str(compiler), "-c", f"csrc/{x}.cpp", "-o", f"{x}.o"] for x in "ab"},
+        [str(compiler), "a.o", "b.o", "-o", "library.so"],
+    )
+    files, took = {"a.cpp": b"1", "b.cpp": b"2"}, []
+    (tmp_path / "build").mkdir()
+    for change in ({}, {}, {"a.cpp": b"3"}, {"a.cpp": b"1"}, {"c.h": b""}):
+        before = len(calls(compiler))
+        compile_library(find_ninja(), tmp_path / "build", files := files | change, commands)
+        took.append(calls(compiler)[before:])
+    assert took == [["compile", "compile", "link"], [], ["compile", "link"], ["compile", "link"], []]

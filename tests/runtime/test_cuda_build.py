@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from test_build import behave, calls, compiler, finish, needs_kernels, start  # noqa: F401
 
 from iio_kernels.runtime import build
-from iio_kernels.runtime.build import TORCH_LIBRARIES
+from iio_kernels.runtime.build import libraries
+from iio_kernels.runtime.build.libraries import TORCH_LIBRARIES
 
 # --- nvcc ---------------------------------------------------------------------------------------------------
 
@@ -52,21 +54,23 @@ def built(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
     # A CPU's PyTorch has no libtorch_cuda: one that has the function they take from there.
     stub = folder / "stub.cpp"
     stub.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = 0, 0; }')
-    build._call([*build.find_compiler(), "-shared", "-fPIC", str(stub), "-o", str(folder / "libtorch_cuda.so")])
+    command = [*build.find_compiler(), "-shared", "-fPIC", str(stub), "-o", str(folder / "libtorch_cuda.so")]
+    subprocess.run(command, check=True)
     with pytest.MonkeyPatch.context() as patch:
         flags = [f"-gencode=arch=compute_80,code={architecture}" for architecture in sorted(ARCHITECTURES)]
-        patch.setattr(build, "architectures", lambda: [*flags, "-Xptxas=-v"])
-        patch.setattr(build, "TORCH_LIBRARIES", [f"-L{folder}", *TORCH_LIBRARIES])
-        compile_all, link = build.cuda_commands(build.find_compiler(), nvcc(), folder)
+        patch.setattr(libraries, "architectures", lambda: [*flags, "-Xptxas=-v"])
+        patch.setattr(libraries, "TORCH_LIBRARIES", [f"-L{folder}", *TORCH_LIBRARIES])
+        commands = libraries.cuda_commands(build.find_compiler(), nvcc())
+        shutil.copytree(build.sources(), folder / "csrc")
 
     def call(command: list[str]) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = "".join(pool.map(call, compile_all))
-    call(link)
+        said = "".join(pool.map(call, commands.compile.values()))
+    call(commands.link)
     return folder / "library.so", [match.groupdict() for match in REPORT.finditer(said)]
 
 
