@@ -19,8 +19,8 @@ def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     A module is recognised by what it computes, not by its name: the softmax over slots of the products of queries with
     keys, normalised over inputs, times values. It may have heads, masks, biases by slot, and several kinds of queries.
     It may be written as `softmax`, by exponentials or by logarithms, with an epsilon or two, or with a sum bounded from
-    below, in any order of dimensions. (Where exponentials overflow, or all become 0, the module's own code gives NaN, and
-    ours the softmax.) Where keys and values are linear in one input, they are not made any more
+    below, in any order of dimensions. (Where exponentials overflow, or all become 0, the module's own code gives NaN,
+    and ours the softmax.) Where keys and values are linear in one input, they are not made any more
     (`slot_attention_from_inputs`). Everything else in the module stays its own code: GRU, MLP, noise, control flow.
 
     torch.compile traces the module's `forward`, with a compiler that replaces slot attention and nothing else. Its
