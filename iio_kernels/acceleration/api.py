@@ -16,41 +16,41 @@ from iio_kernels.acceleration.trials import accelerate_on
 def accelerate(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Find the slot attention in a model, prove for each module that ours is the same, and put it in its place.
 
-    A module is recognised by what it computes, not by its name: softmax over slots of the products of queries with
-    keys, perhaps in heads, masked or biased by slot, of several kinds of queries, written as `softmax`, by exponentials
-    or logarithms; with an epsilon or two, normalised over inputs or by a sum bounded from below, times values; in any
-    order of dimensions. (Where exponentials overflow, or all become 0, the module's own code gives NaN, and ours the
-    softmax.) Where keys and values are linear in one input, they are not made any more (`slot_attention_from_inputs`).
-    Everything else in the module stays its own code: GRU, MLP, noise, control flow.
+    A module is recognised by what it computes, not by its name: the softmax over slots of the products of queries with
+    keys, normalised over inputs, times values. It may have heads, masks, biases by slot, and several kinds of queries.
+    It may be written as `softmax`, by exponentials or by logarithms, with an epsilon or two, or with a sum bounded from
+    below, in any order of dimensions. (Where exponentials overflow, or all become 0, the module's own code gives NaN,
+    and ours the softmax.) Where keys and values are linear in one input, they are not made any more
+    (`slot_attention_from_inputs`). Everything else in the module stays its own code: GRU, MLP, noise, control flow.
 
-    The module's `forward` is traced by torch.compile with a compiler that replaces slot attention and nothing else;
-    torch.compile's guards trace it again where anything that it depends on has changed (a shape, a number of
-    iterations, train or eval, autocast, hooks). As in torch.compile, a method that is replaced on a class later is not
-    seen. Parameters, state_dict, hooks and submodules are untouched. What is replaced is proved first:
+    torch.compile traces the module's `forward`, with a compiler that replaces slot attention and nothing else. Its
+    guards trace it again where anything that it depends on has changed: a shape, a number of iterations, train or eval,
+    autocast, hooks. A method that is replaced on a class later is not seen, as in torch.compile. Parameters,
+    state_dict, hooks and submodules are untouched. What is replaced is proved first:
 
     - each replaced step, whenever it is traced, against the module's own in float64, on random numbers: outputs and
       gradients to 1e-10;
     - each module, on the example: outputs and gradients against the module's own, to what changing the last bits of
       its inputs and parameters changes.
 
-    What cannot be proved is left alone, and the report says why; if only some of a module's softmaxes are replaced, how
-    many, and why not the others. (Later traces, of other shapes or modes, and those of `backend="iio_kernels"` have the
-    first proof alone.)
+    What cannot be proved is left alone, and the report says why. If only some of a module's softmaxes are replaced, the
+    report says how many, and why not the others. Later traces, of other shapes or modes, have the first proof alone,
+    and so have those of `backend="iio_kernels"`.
 
-    Assertions about tensors, an `if` that raises and NumPy's functions of shapes do not stop the tracer; should an
-    assertion fail, the module's own code is run, and raises. (The tracer does stop at an assertion behind a write to a
-    buffer or a random draw, which would happen twice.) Where the tracer stops inside a loop, at `.item()` say, it
-    goes on behind that place. Where that leaves a softmax without its mean, the report gives the file and line.
+    Assertions about tensors, an `if` that raises and NumPy's functions of shapes do not stop the tracer. Should an
+    assertion fail, the module's own code is run, and raises. The tracer does stop at an assertion behind a write to a
+    buffer or a random draw, which would happen twice. Where it stops inside a loop, at `.item()` say, it goes on behind
+    that place. Where that leaves a softmax without its mean, the report gives the file and line.
 
     Args:
         model: any module, changed in place. Calling this again takes up what has been added to it.
-        args, kwargs: what the model is called with, an example, in the mode (train or eval, autocast) that matters
-            most. The model is run once, without gradients, and each module that takes a softmax three times more,
-            hooks and prints included. Without an example the model's first call serves. What these runs change is put
-            back, to the bit, also when one raises: parameters, buffers, gradients, attributes and what is in them,
-            random number generators, what hooks and methods refer to (see acceleration/state.py). A copy of all tensors
-            that the model holds is kept meanwhile in main memory.
-            What torch.compile warns of or logs while it traces is not shown, nor are the trials' own warnings.
+        args, kwargs: an example of what the model is called with, in the mode (train or eval, autocast) that matters
+            most. Without one, the model's first call serves. The model is run once, without gradients, and each module
+            that takes a softmax three times more, hooks and prints included. What these runs change is put back, to the
+            bit, also when one raises: parameters, buffers, gradients, attributes and what is in them, random number
+            generators, what hooks and methods refer to (see acceleration/state.py). A copy of all tensors that the
+            model holds is kept meanwhile in main memory. Warnings and log lines of the tracer and of the trials are not
+            shown.
 
     Returns:
         A `Report`; without an example it is filled when the model is first called.

@@ -32,6 +32,7 @@ UNSAID = "torch.compile runs its softmax as it is, and does not say why"
 
 
 def accelerate_on(model: nn.Module, args: tuple, kwargs: dict, report: Report) -> None:
+    """Replace what can be replaced of a model, on an example of its call, and add to the report what became of each."""
     paths = {module: path for path, module in model.named_modules()}
     watch, replaced = Watch(model), []
     taken = {module for module in paths if isinstance(vars(module).get("forward"), Accelerated)}

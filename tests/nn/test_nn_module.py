@@ -58,6 +58,17 @@ def test_copies_keep_options_and_weights():
     assert all(map(torch.equal, got, fresh(inputs, slots)))
 
 
+@pytest.mark.parametrize("options", [{"heads": 2}, {"project": False}], ids=str)
+def test_pickles_of_the_time_when_nn_was_one_file(options):
+    module = SlotAttention(D, D, num_slots=K, **options)
+    pickled = pickle.dumps(module, 2)
+    for new, old in (("slot_attention\nSlotAttention", "\nSlotAttention"), ("layers\nIdentity", "\n_Identity")):
+        pickled = pickled.replace(f"iio_kernels.nn.{new}".encode(), f"iio_kernels.nn{old}".encode())
+    assert b"iio_kernels.nn." not in pickled
+    inputs, slots = torch.randn(B, N, D), torch.randn(B, K, D)
+    assert torch.equal(pickle.loads(pickled)(inputs, slots), module(inputs, slots))
+
+
 def test_meta_and_no_gradient():
     """Nothing looks at a value; frozen parameters have no gradient."""
     with torch.device("meta"):

@@ -43,6 +43,7 @@ def rewrite(graph: Graph) -> tuple[list[Call], list[Reason]]:
 
 
 def replace_in(graph: Graph, group: list[Update], call: Call, sources: list[Source]) -> None:
+    """Put a call in the place of updates, and erase what nothing needs any more."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     replaced = [update.node for update in group]
     if call.return_attention and group[0].attention.node is not None:
