@@ -19,9 +19,9 @@ SHORT += ["--half-life", "750", "--eval-draws", "2", "--eval-every", "100000"]
 VARIANTS: dict[str, dict[str, float | str]] = {
     "as by default": {},
     "sigma 2.5": {"sigma": 2.5},
-    "sigma 2.5, 5 taps": {"sigma": 2.5, "taps": 5},
+    "sigma 2.5, 5 taps": {"sigma": 2.5, "iio_kernel_size": 5},
     "sigma 10": {"sigma": 10.0},
-    "sigma 10, 21 taps": {"sigma": 10.0, "taps": 21},
+    "sigma 10, 21 taps": {"sigma": 10.0, "iio_kernel_size": 21},
     "applied once": {"repeats": 1},
     "rate 2.5e-4": {"fine_tune_lr": 2.5e-4},
     "rate 1e-3": {"fine_tune_lr": 1e-3},

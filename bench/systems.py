@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.runs import folder_of, summary_of, train_once, usage
-from training.config import Config
 from training.files import write
+from training.run_folder import from_json
 from training.schedule import phase_steps
 from training.tables import PERCENT
 
@@ -64,7 +64,7 @@ def summarise(out: Path) -> None:
                 "untrained": untrained["before"],
                 "trained": trained["before"],
                 "minutes": round(trained["seconds"] / 60, 1),
-                "steps": phase_steps(Config(**config)),
+                "steps": phase_steps(from_json(config)),
                 "config": config,
                 "versions": trained["versions"],
             }

@@ -10,7 +10,7 @@ the others 0, are to maximise
     sum_k mean_S ||m_k * (X - psi_S)||_1 / ||m_k||_1  -  diversity * sum_k sum m_k * (X - mu_k)^2
 
 where S runs over the nonempty sets of other masks, psi_S is the image inpainted from the pixels under them and mu_k the
-mean colour under m_k. For K = 2 that is the paper's objective: foreground and background, each predicted from the
+mean color under m_k. For K = 2 that is the paper's objective: foreground and background, each predicted from the
 other. A step moves boundaries: every pixel with a neighbour of another label takes the label, of its own and its
 neighbours', whose mask has the largest gradient there. Then labels are smoothed over 3 x 3 pixels.
 """
@@ -43,7 +43,7 @@ def segment(images: Tensor, steps: int = 150, *, diversity: float = 1e-3, **inpa
     Args:
         images: `(B, C, H, W)`, floating point, meant to be in [0, 1]; the paper's are 128 x 128. Any strides.
         steps: >= 0, of moves and smoothing.
-        diversity: weight >= 0 of the colours' deviation from their region's mean.
+        diversity: weight >= 0 of the colors' deviation from their region's mean.
         inpainter: `sigma`, `kernel_size`, `repeats`, `eps` and `backend` of `iio_loss`.
 
     Returns:
@@ -74,7 +74,7 @@ def segment(images: Tensor, steps: int = 150, *, diversity: float = 1e-3, **inpa
 def segment_kway(
     images: Tensor, num_segments: int, steps: int = 150, *, diversity: float = 1e-3, **inpainter: Any
 ) -> Tensor:
-    """K regions of each image, starting with the K-means of its colours.
+    """K regions of each image, starting with the K-means of its colors.
 
     Args:
         images, steps, diversity, inpainter: as in `segment`.
@@ -82,7 +82,7 @@ def segment_kway(
 
     Returns:
         int64 `(B, H, W)`, labels in 0..K-1. No image depends on the others of its batch. A region without pixels stays
-        so: an image of fewer colours has fewer regions.
+        so: an image of fewer colors has fewer regions.
 
     Smoothing gives a pixel the commonest label of the 3 x 3 around it, its own where that is one of them.
 
@@ -164,7 +164,7 @@ def one_hot(labels: Tensor, num_labels: int, dtype: torch.dtype) -> Tensor:
 
 
 def color_clusters(images: Tensor, num_clusters: int, iterations: int = 20) -> Tensor:
-    """Labels (B, H, W) by K-means of the colours, begun with the one nearest to the mean, then always the farthest."""
+    """Labels (B, H, W) by K-means of the colors, begun with the one nearest to the mean, then always the farthest."""
     colors = images.flatten(2)  # (B, C, N)
 
     def distances(centers: list[Tensor]) -> Tensor:
@@ -213,7 +213,7 @@ class Arguments:
     steps: int = 150
     """Moves of the boundaries."""
     diversity: float = 1e-3
-    """Weight of the colours' deviation from their region's mean."""
+    """Weight of the colors' deviation from their region's mean."""
 
 
 def run(arguments: Arguments) -> None:
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-#: A colour for each of 16 labels: ground dark, figure bright, the others apart from both.
+#: A color for each of 16 labels: ground dark, figure bright, the others apart from both.
 COLORS = np.array(
     [
         *([20, 20, 60], [255, 180, 40], [60, 180, 75], [230, 25, 75], [0, 130, 200], [145, 30, 180], [70, 240, 240]),

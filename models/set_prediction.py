@@ -1,7 +1,7 @@
 """Set prediction (Locatello et al. 2020, section 4.2): the properties of all objects of an image, in no order.
 
 A CNN, Slot Attention and an MLP on each slot (supplement, section E). Images are (B, 3, H, W) in [0, 1]. A scene's
-objects are (M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3) and colour (8) one-hot, and 1 for an
+objects are (M, 19): coordinates (3) in [0, 1], size (2), material (2), shape (3) and color (8) one-hot, and 1 for an
 object; rows of zeros fill up scenes with fewer than M.
 """
 

@@ -24,10 +24,10 @@ from training.scenes import objects_of
 from training.tables import FINE_TUNING
 from training.weights import load_weights, restore
 
-#: CLEVR's colours, in the order of their numbers.
+#: CLEVR's colors, in the order of their numbers.
 COLORS = ["#575757", "#ad2323", "#2a4bd7", "#1d6914", "#814a19", "#8126c0", "#29d0d0", "#ffee33"]
 
-#: Colours of background and objects; whatever has no counterpart in the truth takes one of the rest.
+#: Colors of background and objects; whatever has no counterpart in the truth takes one of the rest.
 PALETTE = torch.tensor(
     [[38, 41, 48], [238, 119, 51], [0, 153, 136], [204, 51, 17], [51, 187, 238], [238, 51, 119], [187, 187, 187],
      [0, 119, 187], [221, 204, 119], [136, 34, 85], [153, 153, 51], [170, 68, 153], [68, 170, 153]]
@@ -72,8 +72,8 @@ def draw_masks(folder: Path, config: Config, source: Scenes, indices: Tensor) ->
         noise = draw_noise(config, len(indices), model.noise_shape, -1, 0, 0)
         scene, _ = apply_model(model, pixels, noise, config)
         reconstruction, masks = scene.compose()
-        colours = matched_colours(truth, masks.argmax(1), masks.shape[1])
-        panels.append((title, torch.einsum("bkhw,bkc->bhwc", masks.cpu(), colours)))
+        colors = matched_colors(truth, masks.argmax(1), masks.shape[1])
+        panels.append((title, torch.einsum("bkhw,bkc->bhwc", masks.cpu(), colors)))
     panels.append(("reconstruction", reconstruction.permute(0, 2, 3, 1) / 2 + 0.5))
     for k in range(masks.shape[1]):
         mask = masks[:, k, :, :, None]
@@ -101,7 +101,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) -> None:
     """objects.png: a column a scene; the image, its objects seen from above, and those predicted.
 
-    Colour, shape and size of a mark are the object's, its edge is thick where it is metal.
+    Color, shape and size of a mark are the object's, its edge is thick where it is metal.
     """
     from matplotlib.figure import Figure
 
@@ -130,16 +130,16 @@ def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) 
     save_figure(figure, folder / PICTURES["set-prediction"])
 
 
-def matched_colours(truth: Tensor, predicted: Tensor, num_slots: int) -> Tensor:
-    """Each slot's colour (B, K, 3): that of the true entity it fits best, one to one."""
+def matched_colors(truth: Tensor, predicted: Tensor, num_slots: int) -> Tensor:
+    """Each slot's color (B, K, 3): that of the true entity it fits best, one to one."""
     from scipy.optimize import linear_sum_assignment
 
-    colours = []
+    colors = []
     for true, pred in zip(truth.long().flatten(1).cpu(), predicted.flatten(1).cpu(), strict=True):
         entities = max(int(true.max()) + 1, num_slots)
         overlap = torch.bincount(true * num_slots + pred, minlength=entities * num_slots).view(entities, num_slots)
         chosen, slots = linear_sum_assignment(overlap.numpy(), maximize=True)
         entity = torch.zeros(num_slots, dtype=torch.long)
         entity[torch.as_tensor(slots)] = torch.as_tensor(chosen)
-        colours.append(PALETTE[entity % len(PALETTE)])
-    return torch.stack(colours)
+        colors.append(PALETTE[entity % len(PALETTE)])
+    return torch.stack(colors)

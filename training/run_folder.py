@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from models import MODELS
 from training.config import Config, UsageError, changed_fields, option, several, to_json
@@ -93,21 +95,30 @@ def reopen_run(given: Config) -> tuple[Config, Path]:
         raise UsageError(f"--resume: {folder} is a file: give the run's folder, {folder.parent}")
     try:
         saved = json.loads((folder / "config.json").read_text())
-        saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
-        if "taps" in saved:  # its name once
-            saved["iio_kernel_size"] = saved.pop("taps")
-        saved = {"initial_weights": "own"} | completed(saved, saved["dataset"])
         started_in = saved.pop("started_in", "")  # earlier runs did not keep it
-        saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved[name] is not None}
-        for name in ("data", "from_"):
-            if saved[name] is not None and (there := Path(started_in, saved[name])).exists():
-                saved[name] = there
-        config = Config(**saved | {"score_steps": tuple(saved["score_steps"])})
+        config = from_json(saved)
+        found = {name: Path(started_in, path) for name in ("data", "from_") if (path := getattr(config, name))}
+        config = dataclasses.replace(config, **{name: path for name, path in found.items() if path.exists()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"--resume: {folder} holds no run ({error})") from None
     if is_finished(folder) and (several(config) or (folder / PICTURES[config.task]).exists()):
         raise UsageError(f"--resume: {folder} is finished; its scores are in {folder / 'summary.json'}")
     return config, folder
+
+
+def from_json(saved: dict[str, Any]) -> Config:
+    """The configuration that a run saved, perhaps an earlier version's.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none.
+    """
+    saved = {"initial_weights": "own", **saved}
+    saved.setdefault("fine_tune_warmup_steps", saved["warmup_steps"])  # one option set both once
+    if "taps" in saved:  # its name once
+        saved["iio_kernel_size"] = saved.pop("taps")
+    saved = completed(saved, saved["dataset"])
+    saved |= {name: Path(saved[name]) for name in ("data", "out", "from_") if saved.get(name) is not None}
+    return Config(**saved | {"score_steps": tuple(saved["score_steps"])})
 
 
 def is_finished(folder: Path) -> bool:

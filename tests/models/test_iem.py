@@ -25,7 +25,7 @@ def disc(row, column, radius, size):
 
 
 def textured(labels, contrast):
-    """Images (B, 3, H, W) of labels (B, H, W) in 0..2: stripes, checks and dots of a colour each, with noise."""
+    """Images (B, 3, H, W) of labels (B, H, W) in 0..2: stripes, checks and dots of a color each, with noise."""
     y, x = torch.meshgrid(*map(torch.arange, labels.shape[1:]), indexing="ij")
     textures = torch.stack([(x + 2 * y) % 9 < 4, (x // 3 + y // 3) % 2 == 1, x * y % 5 < 2])
     colors = torch.tensor([[0.3, 0.4, 0.3], [0.7, 0.5, 0.3], [0.4, 0.3, 0.8]])
@@ -113,7 +113,7 @@ def test_discs_are_found_and_no_image_sees_another():
         assert iem.segment(x, 2).shape == iem.segment_kway(x, 3, 2).shape == (len(x), 96, 96)
 
 
-def test_kway_mends_what_colours_alone_get_wrong():
+def test_kway_mends_what_colors_alone_get_wrong():
     labels = torch.where(disc(0.7, 0.75, 0.2, 64), 2, disc(0.5, 0.4, 0.33, 64).long())
     images = torch.cat([textured(labels, 0.2), textured(labels, 0.1)])
     start, found = iem.segment_kway(images, 3, 0), iem.segment_kway(images, 3, 30)
@@ -125,7 +125,7 @@ def test_kway_mends_what_colours_alone_get_wrong():
 
 @pytest.mark.parametrize("fill", [0.5, NAN])
 def test_an_image_with_nothing_to_find(fill):
-    """One colour, or no numbers, ends in some mask; the image beside it is cut as ever."""
+    """One color, or no numbers, ends in some mask; the image beside it is cut as ever."""
     images = textured(disc(0.5, 0.4, 0.3, 32).long().repeat(2, 1, 1), 0.1)
     expected = iem.segment(images, 5), iem.segment_kway(images, 3, 5)
     images[0] = fill
