@@ -26,7 +26,7 @@ SIDE = 128  # pixels of a picture, about
 
 
 def sheet(source: Scenes, indices: torch.Tensor, columns: int) -> np.ndarray:
-    """The scenes `indices`, row by row, each over its labels in colors, a line between: uint8 (height, width, 3)."""
+    """Lay out the scenes `indices` row by row, each over its labels in colors: uint8 (height, width, 3)."""
     image, labels = source.batch(indices, "cpu")
     height, width = source.size
     line = np.full((len(image), 1, width, 3), 255, np.uint8)

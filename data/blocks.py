@@ -69,7 +69,7 @@ def _dtype(name: str) -> type:
 
 
 def _feature(example: dict[str, bytes], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The elements of one feature, uint8 or float32 (prod(shape),)."""
+    """Read the elements of one feature, uint8 or float32 (prod(shape),)."""
     if name not in example:
         raise DataError(f"expected a feature {name!r}, got {sorted(example)}")
     try:
@@ -108,7 +108,7 @@ def _npz_blocks(file: BinaryIO, form: Format, skip: int) -> Iterator[dict[str, n
 
 
 def _npz_arrays(file: BinaryIO, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The arrays of these names in an open .npz file.
+    """Read the arrays of these names from an open .npz file.
 
     Raises:
         DataError: one is missing or is no array, or the file is damaged.

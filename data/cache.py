@@ -36,7 +36,7 @@ TRIES = 100  # to lock a folder that others remove meanwhile
 
 
 def folders(path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
-    """Where the converted scenes of `path` may lie, best first."""
+    """List where the converted scenes of `path` may lie, best first."""
     path = path.resolve()
     # In a folder shared by files from many places, names alone could clash.
     unique = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.cache"
@@ -49,7 +49,7 @@ def folders(path: Path, cache_dir: str | os.PathLike | None) -> list[Path]:
 
 
 def stamp(cache: Path) -> dict | None:
-    """What the converted scenes in `cache` were made from; None where there are none."""
+    """Tell what the converted scenes in `cache` were made from; None where there are none."""
     about = _about(cache)
     return about and about.get("stamp")
 
@@ -57,7 +57,7 @@ def stamp(cache: Path) -> dict | None:
 def open_arrays(
     cache: Path, wanted: dict, rows: dict[str, tuple[np.dtype, tuple[int, ...]]], verify: bool = False
 ) -> dict[str, np.ndarray]:
-    """The arrays of a folder by name, mapped into memory.
+    """Map the arrays of a folder into memory, by name.
 
     Args:
         cache: the folder.
@@ -90,7 +90,7 @@ def open_arrays(
 
 
 def build(path: Path, wanted: dict, caches: list[Path], convert: Callable[[Path], None]) -> Path:
-    """Makes the first of `caches` whose place can be written, and says which.
+    """Make the first of `caches` whose place can be written, and say which.
 
     `convert` fills a folder with arrays by a `GrowingArrays` of the stamp `wanted`. It finds there what an earlier
     process left that was interrupted or killed. One process converts at a time: others wait, and take what it made.
@@ -160,7 +160,7 @@ class GrowingArrays:
                 file.write(self._header(name))
 
     def append(self, **rows: np.ndarray) -> None:
-        """Adds rows to every array and notes that they are there."""
+        """Add rows to every array and note that they are there."""
         for name, array in rows.items():
             data = np.ascontiguousarray(array).data
             self._files[name].write(data)
@@ -191,7 +191,7 @@ class GrowingArrays:
 
 
 def _about(folder: Path) -> dict | None:
-    """What source.json of a folder says; None where there is none."""
+    """Read what source.json of a folder says; None where there is none."""
     try:
         about = json.loads((folder / "source.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -200,7 +200,7 @@ def _about(folder: Path) -> dict | None:
 
 
 def _is_complete(about: dict, names: Iterable[str]) -> bool:
-    """Whether source.json says how many rows there are, and the checksum of each of these arrays."""
+    """Tell whether source.json says how many rows there are, and the checksum of each of these arrays."""
     rows, checksums = about.get("rows"), about.get("checksums")
     numbers = [rows, *(checksums.get(name) for name in names)] if isinstance(checksums, dict) else [None]
     return all(type(number) is int and number >= 0 for number in numbers)
@@ -216,7 +216,7 @@ def _checksum(file: Path, offset: int) -> int:
 
 
 def _work_folder(path: Path, caches: list[Path], stack: contextlib.ExitStack) -> tuple[Path, Path]:
-    """A folder beside the first of `caches` whose place can be written, for this process alone, and that one."""
+    """Find a folder beside the first of `caches` whose place can be written, for this process alone, and that one."""
     for cache in caches:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _work_folder(path: Path, caches: list[Path], stack: contextlib.ExitStack) ->
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
-    """Makes `folder` this process's own until `stack` ends, once no other lives that has it; False without locks."""
+    """Make `folder` this process's own until `stack` ends, once no other lives that has it; False without locks."""
     if fcntl is None:
         return False
     waits = False
@@ -261,7 +261,7 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
 
 
 def _install(new: Path, cache: Path, wanted: dict) -> None:
-    """Renames `new` to `cache`; a stale folder of that name is moved out of the way, beside `new`."""
+    """Rename `new` to `cache`; a stale folder of that name is moved out of the way, beside `new`."""
     for attempt in itertools.count():
         try:
             os.rename(new, cache)

@@ -47,7 +47,7 @@ def convert(path: Path, form: Format, folder: Path, wanted: dict, progress: bool
 
 
 def _images(image: np.ndarray, form: Format) -> np.ndarray:
-    """Images uint8 (m, 3, h, w) of what the file holds, uint8 (m, H, W, 3) or (m, H, W, 1)."""
+    """Cut and resize to images uint8 (m, 3, h, w) what the file holds, uint8 (m, H, W, 3) or (m, H, W, 1)."""
     image = image.transpose(0, 3, 1, 2)
     if form.crop is not None:
         top, left, side = form.crop
@@ -58,7 +58,7 @@ def _images(image: np.ndarray, form: Format) -> np.ndarray:
 
 
 def _labels(mask: np.ndarray, first: int, form: Format) -> np.ndarray:
-    """Labels uint8 (m, h, w) of masks uint8 (m, K, H, W), which belong to the scenes from `first` on."""
+    """Find the labels uint8 (m, h, w) of masks uint8 (m, K, H, W), which belong to the scenes from `first` on."""
     if form.crop is not None:
         top, left, side = form.crop
         nearest = ((np.arange(form.side) + 0.5) * (side / form.side)).astype(int)
@@ -76,7 +76,7 @@ def _labels(mask: np.ndarray, first: int, form: Format) -> np.ndarray:
 
 
 def _properties(features: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
-    """The array `properties`, float32 (m, 10, 19), where the features have them: (m, 11) each."""
+    """Encode the array `properties`, float32 (m, 10, 19), where the features have them: (m, 11) each."""
     if "visibility" not in features:
         return {}
     features = {name: values[:, 1:] for name, values in features.items() if name not in ("image", "mask")}

@@ -156,7 +156,7 @@ def mean_squared_error(reconstruction: Tensor, image: Tensor) -> Tensor:
 
 
 def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int | None) -> Tensor:
-    """Pixels by true and by predicted label: float64 (B, num_true, num_pred), NaN for a bad scene."""
+    """Count pixels by true and by predicted label: float64 (B, num_true, num_pred), NaN for a bad scene."""
     _check_tensors(true_labels=true, pred_labels=pred)
     for argument, labels in (("true_labels", true), ("pred_labels", pred)):
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
@@ -178,7 +178,7 @@ def _contingency(true: Tensor, pred: Tensor, num_true: int | None, num_pred: int
 
 
 def _consecutive(argument: str, number: int | None, labels: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Labels (B, N) in a range that makes no larger a table than it must, and which scenes have no label out of range.
+    """Number labels so that their table is no larger than it must be, and find the scenes with none out of range.
 
     Args:
         argument: the name of `number`.
@@ -208,7 +208,7 @@ def _consecutive(argument: str, number: int | None, labels: Tensor) -> tuple[Ten
 
 
 def _ranks(labels: Tensor) -> Tensor:
-    """The place of each label among those of its scene, (B, N), and 0 for label 0, whether or not it is among them."""
+    """Rank each label among those of its scene, (B, N), with 0 for label 0, whether or not it is among them."""
     ordered, order = labels.sort(1)
     rises = torch.cat([ordered[:, :1] != 0, ordered[:, 1:] != ordered[:, :-1]], 1)
     return torch.empty_like(labels).scatter_(1, order, rises.cumsum(1))
@@ -230,7 +230,7 @@ def _check_tensors(**arguments: Tensor) -> None:
 def _overlaps(
     true: Tensor, pred: Tensor, num_true: int | None, num_pred: int | None, ignore_background: bool
 ) -> tuple[Tensor, Tensor]:
-    """IoU of every true with every predicted entity (B, R, C), and how many true ones have pixels (B,)."""
+    """Compute the IoU of every true with every predicted entity (B, R, C), and how many true ones have pixels (B,)."""
     counts = _contingency(true, pred, num_true, num_pred)
     area, pred_area = counts.sum(2, keepdim=True), counts.sum(1, keepdim=True)
     overlap = counts / (area + pred_area - counts).clamp(min=1)  # 0 where neither has a pixel

@@ -18,7 +18,7 @@ NUM_PROPERTIES = 3 + len(SIZES) + len(MATERIALS) + len(SHAPES) + len(COLORS) + 1
 
 
 def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, color: Tensor, real: Tensor) -> Tensor:
-    """Objects as vectors of 19 numbers.
+    """Encode objects as vectors of 19 numbers.
 
     Args:
         coordinates: float32 (..., 3), the object's centre, in [-3, 3].
@@ -36,7 +36,7 @@ def encode(coordinates: Tensor, size: Tensor, material: Tensor, shape: Tensor, c
 
 
 def kinds(objects: Tensor) -> list[Tensor]:
-    """Size, material, shape and color of objects (..., 19), or of predictions, of whose numbers the largest counts.
+    """Decode size, material, shape and color of objects (..., 19), or of predictions, whose largest number counts.
 
     Each is int64 (...), numbers into the tables above.
     """

@@ -20,39 +20,39 @@ GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection on 64-bit words: int64 of any shape."""
+    """Apply SplitMix64's finaliser, a bijection on 64-bit words: int64 of any shape."""
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)
 
 
 def scene_keys(seed: int, numbers: Tensor) -> Tensor:
-    """A key for each of the scenes `numbers`, int64 (B,), of stream `seed`: int64 (B,)."""
+    """Hash a key for each of the scenes `numbers`, int64 (B,), of stream `seed`: int64 (B,)."""
     return mix(mix(torch.tensor(seed, device=numbers.device)) + numbers)
 
 
 def words(key: Tensor, counters: Tensor) -> Tensor:
-    """Outputs number `counters`, int64 (T,) or (B, T), of the generators with states `key` (B,): int64 (B, T)."""
+    """Compute outputs number `counters`, int64 (T,) or (B, T), of generators with states `key` (B,): int64 (B, T)."""
     return mix(key[:, None] + (counters + 1) * GOLDEN)
 
 
 def high(word: Tensor) -> Tensor:
-    """The upper 32 bits, as an integer in `[0, 2**32)`."""
+    """Take the upper 32 bits, as an integer in `[0, 2**32)`."""
     return _shift(word, 32)
 
 
 def low(word: Tensor) -> Tensor:
-    """The lower 32 bits."""
+    """Take the lower 32 bits."""
     return word & 0xFFFFFFFF
 
 
 def below(half: Tensor, bound: Tensor | int) -> Tensor:
-    """Uniform integers in `[0, bound)` from 32-bit ones, even to within `bound / 2**32`."""
+    """Map to uniform integers in `[0, bound)` from 32-bit ones, even to within `bound / 2**32`."""
     return (half * bound) >> 32
 
 
 def unit(half: Tensor) -> Tensor:
-    """Uniform float32 in `[0, 1)`, multiples of 2**-24, from 32-bit integers."""
+    """Map to uniform float32 in `[0, 1)`, multiples of 2**-24, from 32-bit integers."""
     return (half >> 8).float() * 2.0**-24
 
 

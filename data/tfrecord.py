@@ -25,17 +25,17 @@ BUFFER = 1 << 20  # bytes decompressed at a time
 
 
 def is_gzip(head: bytes) -> bool:
-    """Whether a file that begins with the 12 bytes `head` is compressed with gzip."""
+    """Tell whether a file that begins with the 12 bytes `head` is compressed with gzip."""
     return head.startswith(b"\x1f\x8b")
 
 
 def is_tfrecord(head: bytes) -> bool:
-    """Whether a file that begins with the 12 bytes `head` is an uncompressed TFRecord file."""
+    """Tell whether a file that begins with the 12 bytes `head` is an uncompressed TFRecord file."""
     return len(head) == 12 and _checksum(head[:8]) == struct.unpack("<I", head[8:])[0]
 
 
 def read_examples(file: BinaryIO, *, compressed: bool, skip: int = 0) -> Iterator[dict[str, bytes]]:
-    """The records of an open file one by one, in constant memory.
+    """Read the records of an open file one by one, in constant memory.
 
     Args:
         file: a binary file, at its beginning.
@@ -74,7 +74,7 @@ def read_examples(file: BinaryIO, *, compressed: bool, skip: int = 0) -> Iterato
 
 
 def byte_feature(serialized: bytes) -> np.ndarray:
-    """The elements of a `BytesList` that holds one byte per element.
+    """Read the elements of a `BytesList` that holds one byte per element.
 
     Every element is then three bytes: the tag of field 1, the length 1, and the byte itself. So a
     list of n elements is read by striding instead of making n objects, 30 times as fast.
@@ -97,7 +97,7 @@ def byte_feature(serialized: bytes) -> np.ndarray:
 
 
 def float_feature(serialized: bytes) -> np.ndarray:
-    """The elements of a `FloatList`.
+    """Read the elements of a `FloatList`.
 
     All writers pack them: the tag of field 1, the length in bytes and the floats, little endian.
 
@@ -123,7 +123,7 @@ def float_feature(serialized: bytes) -> np.ndarray:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    """The next `size` bytes, fewer only at the end of the file."""
+    """Read the next `size` bytes, fewer only at the end of the file."""
     try:
         return stream.read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -134,13 +134,13 @@ def _read(stream: BinaryIO, size: int) -> bytes:
 
 
 def _checksum(data: bytes) -> int:
-    """CRC-32C, masked as TFRecord files have it: rotated right by 15 bits, plus a constant."""
+    """Compute the CRC-32C, masked as TFRecord files have it: rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _example_class() -> type:
-    """The message class of `tf.train.Example`, as far as lists of bytes and of floats are concerned.
+    """Make the message class of `tf.train.Example`, as far as lists of bytes and of floats are concerned.
 
     `bytes_list` is declared `bytes` instead of the message `BytesList`, and `float_list` likewise. The two look the
     same on the wire, and the parser hands over the whole list untouched instead of splitting it up.

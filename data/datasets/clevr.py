@@ -53,7 +53,7 @@ KINDS = {"size": SIZES, "material": MATERIALS, "shape": SHAPES, "color": COLORS}
 
 
 def stamp(folder: Path) -> dict[str, Any]:
-    """What the scenes of a folder are converted from.
+    """Tell what the scenes of a folder are converted from.
 
     Raises:
         FileNotFoundError: no split has a list of its scenes there.
@@ -71,13 +71,13 @@ def stamp(folder: Path) -> dict[str, Any]:
 
 
 def scene_files(folder: Path) -> dict[str, Path]:
-    """The lists of scenes that are there, by split, the training scenes first."""
+    """Find the lists of scenes that are there, by split, the training scenes first."""
     files = {split: folder / "scenes" / f"CLEVR_{split}_scenes.json" for split in SPLITS}
     return {split: file for split, file in files.items() if file.exists()}
 
 
 def convert(folder: Path, form: PictureFolder, work: Path, wanted: dict, progress: bool) -> None:
-    """Writes the arrays of all scenes into the folder `work`, or those that are missing there."""
+    """Write the arrays of all scenes into the folder `work`, or those that are missing there."""
     files = scene_files(folder)
     total = sum(file.stat().st_size for file in files.values())
     # The number of scenes is not known beforehand, so progress is told in bytes of their lists.
@@ -92,7 +92,7 @@ def convert(folder: Path, form: PictureFolder, work: Path, wanted: dict, progres
 
 
 def read_scenes(folder: Path, files: dict[str, Path], bar: tqdm) -> Iterator[tuple[Path, np.ndarray]]:
-    """Each scene's picture, a path within the folder, and objects, float32 (10, 19): one scene at a time in memory."""
+    """Yield each scene's picture, a path within the folder, and objects, float32 (10, 19): one scene is in memory."""
     for split, path in files.items():
         name = path.relative_to(folder)
         with path.open("rb") as file:
@@ -106,7 +106,7 @@ def read_scenes(folder: Path, files: dict[str, Path], bar: tqdm) -> Iterator[tup
 
 
 def read_list(name: Path, file: BinaryIO) -> Iterator[Any]:
-    """The members of "scenes" of an open file, as they are parsed."""
+    """Yield the members of "scenes" of an open file, as they are parsed."""
     import ijson  # no other data set needs it
 
     try:
@@ -117,7 +117,7 @@ def read_list(name: Path, file: BinaryIO) -> Iterator[Any]:
 
 
 def picture_of(scene: Any, split: str) -> Path:
-    """Where a scene's picture lies in the folder."""
+    """Tell where a scene's picture lies in the folder."""
     name = field(scene, "image_filename")
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".png") or "\0" in name:
         raise DataError(f"image_filename: expected the name of a .png picture, got {name!r}")
@@ -125,7 +125,7 @@ def picture_of(scene: Any, split: str) -> Path:
 
 
 def objects_of(scene: Any) -> np.ndarray:
-    """A scene's objects, float32 (10, 19)."""
+    """Encode a scene's objects, float32 (10, 19)."""
     objects = field(scene, "objects")
     if not isinstance(objects, list) or len(objects) > MAX_OBJECTS:
         found = f"{len(objects)} of them" if isinstance(objects, list) else repr(objects)
@@ -161,7 +161,7 @@ def field(record: Any, name: str) -> Any:
 
 
 def read_picture(folder: Path, name: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture, resized to `size` without regard to its shape: uint8 (3, *size).
+    """Read a picture, resized to `size` without regard to its shape: uint8 (3, *size).
 
     As in the program of Slot Attention: bilinearly between pixel centres, without antialiasing. Here rounded to bytes.
     """

@@ -84,7 +84,7 @@ class MultiDSpritesGenerator(SceneGenerator):
         return 1 + VARIANTS[self.variant].most
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
+        """Draw the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices. Takes about 280 KB of memory a scene.
         """
@@ -105,7 +105,7 @@ class MultiDSpritesGenerator(SceneGenerator):
         return image.unflatten(-1, (SIZE, SIZE)), labels.unflatten(-1, (SIZE, SIZE))
 
     def _paint(self, background: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """Colors uint8 (B, 3) of the background and (B, M, 3) of the sprites, from words (B, 2) and (B, M, 2)."""
+        """Draw colors uint8 (B, 3) of the background and (B, M, 3) of the sprites, from words (B, 2) and (B, M, 2)."""
         if self.variant == "binarized":
             return torch.zeros_like(_rgb(background)), torch.full_like(_rgb(sprites), 255)
         if self.variant == "colored_on_colored":
@@ -114,7 +114,7 @@ class MultiDSpritesGenerator(SceneGenerator):
 
 
 def _sprite(kind: Tensor, place: Tensor) -> Tensor:
-    """Which pixels a sprite covers, bool (B, 64 * 64): those whose centres lie in it.
+    """Find which pixels a sprite covers, bool (B, 64 * 64): those whose centres lie in it.
 
     Args:
         kind: int64 (B,), shape, scale and orientation as one number.
@@ -143,18 +143,18 @@ def _sprite(kind: Tensor, place: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _turns(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the orientations, float32 (40,)."""
+    """Compute cosine and sine of the orientations, float32 (40,)."""
     angles = [2 * math.pi * turn / TURNS for turn in range(TURNS)]
     return tuple(torch.tensor([f(angle) for angle in angles], device=device) for f in (math.cos, math.sin))
 
 
 def _rgb(word: Tensor) -> Tensor:
-    """Random colors, uint8 (..., 3), from two words."""
+    """Draw random colors, uint8 (..., 3), from two words."""
     return below(torch.stack((high(word[..., 0]), low(word[..., 0]), high(word[..., 1])), -1), 256).to(torch.uint8)
 
 
 def _hsv(word: Tensor) -> Tensor:
-    """Colors of random hue, and of random saturation and value from 0.5 to 1, uint8 (..., 3), from two words."""
+    """Draw colors of random hue, and of random saturation and value from 0.5 to 1, uint8 (..., 3), from two words."""
     hue = 6 * unit(high(word[..., 0]))
     saturation, value = (0.5 + 0.5 * unit(half) for half in (low(word[..., 0]), high(word[..., 1])))
     channels = []

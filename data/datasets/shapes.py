@@ -38,7 +38,7 @@ class ShapesGenerator(SceneGenerator):
     num_entities: ClassVar[int] = 1 + OBJECTS
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
+        """Draw the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices. Takes about 50 KB of memory a scene.
         """
@@ -61,7 +61,7 @@ class ShapesGenerator(SceneGenerator):
 
 @functools.lru_cache
 def _outlines(device: torch.device) -> Tensor:
-    """The shapes' pixels, bool (3, 84, 84): their corner at (28, 28), and nothing around."""
+    """Draw the shapes' pixels, bool (3, 84, 84): their corner at (28, 28), and nothing around."""
     row, column = torch.arange(HEIGHT)[:, None], torch.arange(max(WIDTHS))
     square = (column < 7) & ~((row >= 2) & (row < 5) & (column >= 2) & (column < 5))
     across = (column - 5.5).abs()  # the sides of a triangle go out by one pixel a row

@@ -48,7 +48,7 @@ ATTEMPTS = 4096
 
 
 def _fixed_tetrominoes() -> tuple[tuple[tuple[int, int], ...], ...]:
-    """The 19 tetrominoes, rotations and reflections counted: four (row, column) cells each, from (0, 0)."""
+    """List the 19 tetrominoes, rotations and reflections counted: four (row, column) cells each, from (0, 0)."""
     free = (
         ((0, 0), (0, 1), (0, 2), (0, 3)),  # I
         ((0, 0), (0, 1), (1, 0), (1, 1)),  # O
@@ -85,7 +85,7 @@ class TetrominoesGenerator(SceneGenerator):
     num_entities: ClassVar[int] = 1 + OBJECTS
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
+        """Draw the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices and after every round of attempts, of which
         a batch takes one or two. Takes about 15 KB of memory a scene.
@@ -94,7 +94,7 @@ class TetrominoesGenerator(SceneGenerator):
 
 
 def render(shapes: Tensor, colors: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
-    """Paints scenes of objects that lie inside the image and do not overlap (not checked).
+    """Paint scenes of objects that lie inside the image and do not overlap (not checked).
 
     Args:
         shapes: int64 (B, M), numbers into `SHAPES`.
@@ -158,7 +158,7 @@ def _tables(device: torch.device) -> _Tables:
 
 
 def _draw(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes (B, 3), colors (B, 3) and corners (B, 3, 2) of the scenes with these keys (B,)."""
+    """Draw shapes (B, 3), colors (B, 3) and corners (B, 3, 2) of the scenes with these keys (B,)."""
     device = key.device
     tables = _tables(device)
 

@@ -269,6 +269,7 @@ def test_the_table_tells_how_scores_are_computed(name):
     labels, image = torch.arange(3).repeat(2, 4), torch.rand(2, 3, 4, 4)
     objects = torch.zeros(2, 3, 19)
     objects[..., [3, 5, 7, 10, 18]] = 1
+    objects[..., 0] = torch.arange(3) / 3  # apart from each other
     perfect = {"labels": (labels, labels), "images": (image, image), "objects": (objects, objects)}[metric.compares]
     wrong = {"labels": (labels, labels * 0), "images": (image, 1 - image), "objects": (-objects, objects)}[
         metric.compares

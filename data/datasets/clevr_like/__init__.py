@@ -67,7 +67,7 @@ class ClevrLikeGenerator(SceneGenerator):
         return 1 + self.max_objects
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draws the scenes `first + indices` on `device`; see `Scenes.batch`.
+        """Draw the scenes `first + indices` on `device`; see `Scenes.batch`.
 
         The host waits for the device to check the indices and in every round of attempts. Takes about 100 KB of memory
         a scene, and 40 MB for the few that are rendered at a time.
@@ -80,7 +80,7 @@ class ClevrLikeGenerator(SceneGenerator):
         return image.unflatten(-1, (SIZE, SIZE)), labels.unflatten(-1, (SIZE, SIZE))
 
     def properties(self, indices: Tensor, device: torch.device | str | None = None) -> Tensor:
-        """Draws the objects of the scenes `first + indices`; see `ObjectScenes.properties`.
+        """Draw the objects of the scenes `first + indices`; see `ObjectScenes.properties`.
 
         Half the work of `batch`, as only what is seen tells which scenes there are.
         """

@@ -35,17 +35,17 @@ class View(NamedTuple):
         return View(origin, forward, right, up)
 
     def project(self, point: Vector) -> tuple[Tensor, Tensor]:
-        """Row and column where a point is seen; pixel (i, j) covers [i, i + 1) x [j, j + 1)."""
+        """Find row and column where a point is seen; pixel (i, j) covers [i, i + 1) x [j, j + 1)."""
         relative = tuple(p - o for p, o in zip(point, self.origin, strict=True))
         pixels = FOCAL / dot(relative, self.forward)
         return CENTRE[0] - pixels * dot(relative, self.up), CENTRE[1] + pixels * dot(relative, self.right)
 
     def take(self, which: Tensor) -> "View":
-        """The views number `which` (L,), one for each ray."""
+        """Take the views number `which` (L,), one for each ray."""
         return View(*(take(vector, which) for vector in self))
 
     def ray(self, row: Tensor, column: Tensor) -> Vector:
-        """The direction in which the centres of pixels are seen, for the depth as the parameter."""
+        """Compute the direction in which the centres of pixels are seen, for the depth as the parameter."""
         # Products, as a GPU divides by a constant otherwise than a CPU.
         x, y = (column + (0.5 - CENTRE[1])) * (1 / FOCAL), ((CENTRE[0] - 0.5) - row) * (1 / FOCAL)
         axes = zip(self.forward, self.right, self.up, strict=True)
@@ -53,5 +53,5 @@ class View(NamedTuple):
 
 
 def place_of(pixel: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of pixels of the B * P, as floats."""
+    """Give row and column of pixels of the B * P, as floats."""
     return ((pixel // SIZE) % SIZE).float(), (pixel % SIZE).float()

@@ -68,11 +68,11 @@ class Solids(NamedTuple):
         return Solids(take(self.centre, which), *take(self[1:], which))
 
     def view(self, view: View) -> View:
-        """The cameras (B, 1) in the unit bodies' coordinates, (B, M) each: they see the same at the same depth."""
+        """Express the cameras (B, 1) in the unit bodies' coordinates, (B, M) each: depths stay the same."""
         return View(self.relative(view.origin), *(self.inward(*axis) for axis in view[1:]))
 
     def inward(self, x: Tensor, y: Tensor, z: Tensor) -> Vector:
-        """A direction in the unit body's coordinates."""
+        """Express a direction in the unit body's coordinates."""
         return (
             (self.cosine * x + self.sine * y) / self.half,
             (self.cosine * y - self.sine * x) / self.half,
@@ -80,11 +80,11 @@ class Solids(NamedTuple):
         )
 
     def relative(self, point: Vector) -> Vector:
-        """A point in the unit body's coordinates."""
+        """Express a point in the unit body's coordinates."""
         return self.inward(*(p - c for p, c in zip(point, self.centre, strict=True)))
 
     def crossings(self, origin: Vector, direction: Vector) -> tuple[list[Tensor], list[Tensor]]:
-        """Where rays, given in the unit body's coordinates, enter and leave its three slabs and its round part.
+        """Find where rays, given in the unit body's coordinates, enter and leave its three slabs and its round part.
 
         The body is entered at the last entry and left at the first exit, and missed where that is no later.
         """
@@ -103,7 +103,7 @@ class Solids(NamedTuple):
 
 
 def corners_of(scenes: DrawnScenes) -> Vector:
-    """The corners of the cubes that the objects fill: (B, M, 8) each."""
+    """Compute the corners of the cubes that the objects fill: (B, M, 8) each."""
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), device=scenes.real.device)
     x, y, z = (scenes.half[..., None] * sign for sign in signs.unbind(1))
     cosine, sine = scenes.cosine[..., None], scenes.sine[..., None]

@@ -38,7 +38,7 @@ CHUNK = 16  # scenes looked at at a time, whose temporaries the processor's cach
 
 
 def draw(key: Tensor, fewest: int, most: int) -> tuple[DrawnScenes, Tensor]:
-    """The scenes with these keys (B,), and what is seen at each pixel: uint8 (B, P), 0 the plane, 1 + m object m."""
+    """Draw the scenes of keys (B,), and what is seen at each pixel: uint8 (B, P), 0 the plane, 1 + m object m."""
     device = key.device
     count = fewest + below(high(words(key, torch.arange(1, device=device)))[:, 0], most - fewest + 1)
     scenes, _ = place(key, torch.zeros_like(key), count)
@@ -69,7 +69,7 @@ def draw(key: Tensor, fewest: int, most: int) -> tuple[DrawnScenes, Tensor]:
 
 
 def place(key: Tensor, attempt: Tensor, count: Tensor) -> tuple[DrawnScenes, Tensor]:
-    """Scenes (B,) as drawn in the attempts of the given numbers (B,); and whether all objects found a place."""
+    """Draw scenes (B,) in the attempts of the given numbers (B,); and whether all objects found a place."""
     device = key.device
     # Words 1 and on of each attempt: 6 for camera and lamps, 1 for each object's factors, and the positions to try.
     length = 6 + MAX_OBJECTS * (1 + TRIES)
@@ -111,7 +111,7 @@ def _within(view: "View", x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def _count_pixels(labels: Tensor) -> Tensor:
-    """How many pixels show each object: labels uint8 (B, P) to int64 (B, M)."""
+    """Count the pixels that show each object: labels uint8 (B, P) to int64 (B, M)."""
     kinds = 1 + MAX_OBJECTS
     scene = kinds * torch.arange(len(labels), device=labels.device)
     return (labels + scene[:, None]).flatten().bincount(minlength=kinds * len(labels)).view(-1, kinds)[:, 1:]

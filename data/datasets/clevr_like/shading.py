@@ -35,7 +35,7 @@ GRAY = 0.45
 
 
 def shade(scenes: DrawnScenes, labels: Tensor) -> Tensor:
-    """Images uint8 (B, 3, P) of scenes in which is seen what `labels` says."""
+    """Render images uint8 (B, 3, P) of scenes in which is seen what `labels` says."""
     view, solids = View.of(scenes.camera), Solids.of(scenes)
     plane = view.ray(*place_of(torch.arange(PIXELS, device=labels.device)))
     depth = -view.origin[2] / plane[2]
@@ -85,7 +85,7 @@ def shade(scenes: DrawnScenes, labels: Tensor) -> Tensor:
 
 
 def _light(point: Vector, normal: Vector, lit: Tensor, lamps: list[Vector]) -> Tensor:
-    """The light that falls on a surface: from everywhere, from the sun where it is lit, and from the lamps."""
+    """Sum the light that falls on a surface: from everywhere, from the sun where it is lit, and from the lamps."""
     light = AMBIENT + SUNSHINE * (dot(normal, _sun(lit.device)).clamp(min=0) * lit)
     for lamp, strength in zip(lamps, LAMPLIGHT, strict=True):
         towards = tuple(l - p for l, p in zip(lamp, point, strict=True))
@@ -95,12 +95,12 @@ def _light(point: Vector, normal: Vector, lit: Tensor, lamps: list[Vector]) -> T
 
 
 def _developed(radiance: Tensor) -> Tensor:
-    """The brightness of pixels, uint8: gamma 2."""
+    """Convert radiance to the brightness of pixels, uint8: gamma 2."""
     return (radiance.clamp(0, 1).sqrt() * 255 + 0.5).to(torch.uint8)
 
 
 def find_shadows(scenes: DrawnScenes, view: View, solids: Solids, point: Vector, labels: Tensor) -> Tensor:
-    """Whether another object stands between the point seen at a pixel and the sun: bool (B, P)."""
+    """Find whether another object stands between the point seen at a pixel and the sun: bool (B, P)."""
     # An object's shadow lies between it and its shadow on the plane.
     corners = corners_of(scenes)
     ground = tuple(c - corners[2] * (s / SUN[2]) for c, s in zip(corners, SUN, strict=True))
@@ -119,5 +119,5 @@ def find_shadows(scenes: DrawnScenes, view: View, solids: Solids, point: Vector,
 
 
 def _sun(device: torch.device) -> Vector:
-    """The unit vector towards the sun."""
+    """Give the unit vector towards the sun."""
     return constant(tuple(part / math.hypot(*SUN) for part in SUN), device).unbind(0)

@@ -11,7 +11,7 @@ Vector = tuple[Tensor, Tensor, Tensor]  # x, y and z apart, of one shape: the fa
 
 
 def take(tables: tuple[Tensor, ...], which: Tensor) -> tuple[Tensor, ...]:
-    """Entries number `which` (L,) of each table, flattened; four times as fast as indexing."""
+    """Take entries number `which` (L,) of each table, flattened; four times as fast as indexing."""
     return tuple(table.flatten().index_select(0, which) for table in tables)
 
 
@@ -25,7 +25,7 @@ def normalize(v: Vector) -> Vector:
 
 
 def power(x: Tensor, exponent: int) -> Tensor:
-    """x to a power of two."""
+    """Raise x to a power of two."""
     for _ in range(exponent.bit_length() - 1):
         x = x * x
     return x

@@ -14,7 +14,7 @@ PLANE = 2**31 - 1  # stands for the plane where the nearest object is sought
 
 
 def find_visible(scenes: DrawnScenes) -> Tensor:
-    """What is seen at each pixel: uint8 (B, P), 0 the plane, 1 + m object m."""
+    """Find what is seen at each pixel: uint8 (B, P), 0 the plane, 1 + m object m."""
     view = View.of(scenes.camera)
     which, pixel = fill_boxes(view, corners_of(scenes), scenes.real)
     *_, entries, exits = cast(scenes, view, which, pixel)
@@ -30,7 +30,7 @@ def find_visible(scenes: DrawnScenes) -> Tensor:
 
 
 def cast(scenes: DrawnScenes, view: View, which: Tensor, pixel: Tensor) -> tuple[Solids, Vector, Vector, list, list]:
-    """Rays through pixels (L,) of the B * P against objects `which` (L,) of the B * M.
+    """Cast rays through pixels (L,) of the B * P against objects `which` (L,) of the B * M.
 
     Returns:
         the objects; origins and directions of the rays in their unit bodies' coordinates; and the crossings.
@@ -42,7 +42,7 @@ def cast(scenes: DrawnScenes, view: View, which: Tensor, pixel: Tensor) -> tuple
 
 
 def fill_boxes(view: View, points: Vector, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest boxes around points (B, M, N) as seen: which of B * M objects and which of B * P pixels, (L,)."""
+    """List smallest boxes around points (B, M, N) as seen: which of B * M objects and which of B * P pixels, (L,)."""
     view = View(*(tuple(part[..., None] for part in vector) for vector in view))
     edges = [(part.amin(-1).floor(), part.amax(-1).ceil()) for part in view.project(points)]
     (top, bottom), (left, right) = (tuple(x.clamp(0, SIZE).long().flatten() for x in pair) for pair in edges)
