@@ -43,7 +43,7 @@ def measure() -> None:
     source = open_scenes(config)
     model = build_model(config, source.size)
     step = Step(model, build_optimizer(model, config), "pre-training", config)
-    pixels, _ = source.batch(torch.arange(config.batch_size))
+    pixels = source.images(torch.arange(config.batch_size))
     batch = Batch(pixels, draw_noise(config, config.batch_size, model.noise_shape, 0), None)
 
     def seconds_per_step() -> float:

@@ -43,7 +43,7 @@ def test_train(race, machine, device, phase, contender):
     )  # fmt: skip
     source = open_scenes(config)
     model = build_model(config, source.size)
-    pixels, _ = source.batch(Order(config)(0))
+    pixels = source.images(Order(config)(0))
     noise = draw_noise(config, config.batch_size, model.noise_shape, 0)
     if contender.startswith("ours"):
         step = Step(model, build_optimizer(model, config), phase, config)

@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         for conv in self.convs:
             # The supplement is silent. The authors' program leaves Keras' default, Glorot's rule, of which
             # `models.initial_weights` has all. He et al.'s keeps the signal's size from layer to layer, which PyTorch's
-            # default shrinks; in whole runs it was ahead early (bench/README.md).
+            # default shrinks; in whole runs it was ahead early (docs/experiments.md).
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         self.position = PositionEmbedding(channels, resolution) if position_embedding else nn.Identity()
@@ -244,7 +244,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer="adam", lr=4e-4, fine_tune_lr=4e-4, warmup_steps=10_000, half_life=100_000, clip=0.0,
         fine_tune_warmup_steps=100, margin=4e-4, hinge_scale=1e3, initial_weights="keras",
     ),
-    # The lowest error in 20 minutes of what was tried (bench/README.md). The loss and its hinge are the paper's.
+    # The lowest error in 20 minutes of what was tried (docs/experiments.md). The loss and its hinge are the paper's.
     "quick": dict(
         steps=5000, fine_tune_steps=4500, num_scenes=60_000, eval_scenes=320,
         channels=32, kernel_size=3, input_size=64, slot_size=64, iterations=3, batch_size=16,

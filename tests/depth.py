@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from iio_kernels.runtime import triton_support
+from iio_kernels.runtime.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 #: Of which a test's case may name one.
-BACKENDS = ("cpu", "triton", "cuda", "reference", "written_out")
+TESTED = (*BACKENDS, "written_out")
 #: These serve every test: a change of theirs touches all.
 SHARED = ("tests/conftest.py", "tests/depth.py", "tests/serving.py", "pyproject.toml", ".ci/run")
 #: Whether the run takes the whole suite, which has time for more examples of each kind.
@@ -86,7 +87,7 @@ def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
 
 def _backends(item: pytest.Item) -> list[str]:
     """The backends that a test's case names."""
-    return [word for word in re.split(r"[-\[\]]", item.nodeid.partition("[")[2]) if word in BACKENDS]
+    return [word for word in re.split(r"[-\[\]]", item.nodeid.partition("[")[2]) if word in TESTED]
 
 
 def mark(items: list[pytest.Item]) -> None:
@@ -97,9 +98,9 @@ def mark(items: list[pytest.Item]) -> None:
             item.add_marker("interpreter")
         if re.search("compile|fullgraph|inductor", name) or "acceleration" in path:
             item.add_marker("compile")
-        if re.search("_build|shared_cache|test_triton.py|cuda_on_host", path):
+        if re.search("tests/runtime/|test_triton.py|cuda_on_host", path):
             item.add_marker("build")
-        if "tests/training/" in path or "gpu_script" in path:
+        if re.search("tests/training/|tests/contributing/|gpu_script", path):
             item.add_marker("training")
 
 

@@ -8,6 +8,6 @@ import os
 
 # Threads meet some hundred times in a step. Those that are there first spin for some 3 ms by default, and burn the time
 # that the last one, whose core another program has, waits for; now for 0.1 ms, then they sleep. libgomp reads this when
-# it is loaded, that is with torch. bench/README.md has what it is worth.
+# it is loaded, that is with torch. docs/experiments.md has what it is worth.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

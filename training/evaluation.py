@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import Scenes, metrics
+from data import Scenes
+from data.metrics import METRICS
 from models.scene import signed
 from models.set_prediction import set_loss
 from training.config import Config
@@ -18,10 +19,10 @@ from training.processes import num_ranks, rank
 from training.random_numbers import draw_noise
 from training.scenes import objects_of
 
-#: The scores of a task, by their names in files.
+#: The scores of a task, by their names in files. The loss of set prediction is the one that is trained.
 SCORES = {
-    "discovery": ("ari", "fg_ari", "miou", "mbo", "mse"),
-    "set-prediction": ("ap_inf", "ap_1", "ap_0.5", "ap_0.25", "ap_0.125", "loss"),
+    "discovery": tuple(name for name, metric in METRICS.items() if metric.compares != "objects"),
+    "set-prediction": (*(name for name, metric in METRICS.items() if metric.compares == "objects"), "loss"),
 }
 
 
@@ -62,13 +63,13 @@ def score_masks(
         reconstruction, masks = scene.compose()
         sizes = dict(num_true=source.num_entities, num_pred=masks.shape[1])
         predicted = masks.argmax(1)
-        each = {
-            "ari": metrics.adjusted_rand_index(truth, predicted, **sizes),
-            "fg_ari": metrics.adjusted_rand_index(truth, predicted, **sizes, ignore_background=True),
-            "miou": metrics.mean_iou(truth, predicted, **sizes),
-            "mbo": metrics.mean_best_overlap(truth, predicted, **sizes),
-            "mse": metrics.mean_squared_error(reconstruction, signed(image)),
-        }
+        each = {}
+        for name in SCORES["discovery"]:
+            metric = METRICS[name]
+            if metric.compares == "labels":
+                each[name] = metric.function(truth, predicted, **sizes)
+            else:
+                each[name] = metric.function(reconstruction, signed(image))
         sums += torch.stack([each[name].double().sum() for name in SCORES["discovery"]]).cpu()
     if num_ranks() > 1:
         dist.all_reduce(sums)
@@ -81,7 +82,7 @@ def score_sets(
     """Average precision at each distance, over all scenes together, and of those with the same number of objects."""
     parts = []
     for indices, noise in batches:
-        pixels, _ = source.batch(indices, device=config.device)
+        pixels = source.images(indices, device=config.device)
         predicted, _ = apply_model(model, pixels, noise, config)
         parts.append((predicted.cpu(), objects_of(config, source, indices).cpu()))
     if num_ranks() > 1:
@@ -90,13 +91,12 @@ def score_sets(
         in_order = itertools.zip_longest(*gathered)  # what is equally sure keeps its order
         parts = [part for row in in_order for part in row if part is not None]
     predicted, objects = (torch.cat(x) for x in zip(*parts, strict=True))
-    distances = [(name, float(name.removeprefix("ap_"))) for name in SCORES["set-prediction"] if name != "loss"]
-    scored = {name: metrics.average_precision(predicted, objects, distance) for name, distance in distances}
+    functions = {name: METRICS[name].function for name in SCORES["set-prediction"] if name in METRICS}
+    scored = {name: function(predicted, objects) for name, function in functions.items()}
     scored["loss"] = set_loss(predicted, objects, config.coordinate_scale).item()
     counts = (objects[..., -1] > 0.5).sum(1)
     by_objects = {
-        int(n): {name: metrics.average_precision(predicted[counts == n], objects[counts == n], distance)
-                 for name, distance in distances}
+        int(n): {name: function(predicted[counts == n], objects[counts == n]) for name, function in functions.items()}
         for n in counts.unique()
-    }  # fmt: skip
+    }
     return scored | {"by_objects": by_objects}

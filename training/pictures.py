@@ -105,7 +105,7 @@ def draw_objects(folder: Path, config: Config, source: Scenes, indices: Tensor) 
     """
     from matplotlib.figure import Figure
 
-    pixels, _ = source.batch(indices, device=config.device)
+    pixels = source.images(indices, device=config.device)
     _, tensors = load_weights(folder / "before.safetensors", config)
     model = build_model(config, source.size)
     restore(model, tensors, folder)

@@ -22,7 +22,7 @@ def greeting(config: Config, phases: dict[str, int], done: int, model: nn.Module
     trial, times = copy.deepcopy(model), {}
     optimizer = build_optimizer(trial, config)
     indices = share(torch.arange(config.batch_size) % config.num_scenes)
-    pixels, _ = source.batch(indices, device=config.device)
+    pixels = source.images(indices, device=config.device)
     noise = share(draw_noise(config, config.batch_size, model.noise_shape, 0))
     batch = Batch(pixels, noise, objects_of(config, source, indices))
     for phase in phases:

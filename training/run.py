@@ -100,7 +100,7 @@ class Run:
             for step in range(self.step, steps):
                 rate = learning_rate(step, phase, config)
                 indices = self.order(first + step)
-                pixels, _ = self.source.batch(indices, device=config.device)
+                pixels = self.source.images(indices, device=config.device)
                 noise = share(draw_noise(config, config.batch_size, self.model.noise_shape, self.phase, step))
                 step_once(Batch(pixels, noise, objects_of(config, self.source, indices)), rate)
                 bar.update()

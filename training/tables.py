@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from data.metrics import METRICS
 from training.building import recipe_of
 from training.config import Config
 from training.schedule import phase_steps
 
-#: What tables show of them, in percent, under which headings; and, as they are, errors.
-PERCENT = {"ari": "ARI", "fg_ari": "FG-ARI", "miou": "mIoU", "ap_inf": "AP", "ap_1": "AP 1", "ap_0.5": "AP 0.5",
-           "ap_0.25": "AP 0.25", "ap_0.125": "AP 0.125"}  # fmt: skip
-
-ERRORS = {"mse": "MSE", "loss": "loss"}
+#: What tables show of the scores, in percent, under which headings; and, as they are, errors. Mean best overlap is in
+#: files alone.
+PERCENT = {name: metric.label for name, metric in METRICS.items() if metric.unit == "%" and name != "mbo"}
+ERRORS = {name: metric.label for name, metric in METRICS.items() if metric.unit == ""} | {"loss": "loss"}
 
 #: What tables call the fine-tunings.
 FINE_TUNING = {"iio": "IIO", "reconstruction": "reconstruction"}

@@ -96,6 +96,7 @@ def test_a_forward_of_its_own_is_kept():
     assert module.forward is theirs
 
 
+@pytest.mark.long
 def test_what_changes_is_traced_again():
     """Iterations, numbers of slots and inputs, masks, dtype, mode: guards see each."""
     module = Genera1Z(2, 8, 12, 10)

@@ -92,6 +92,7 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.long
 def test_nothing_of_the_tracer_reaches_stderr():
     """What torch.compile warns of and logs while it traces: an `.item()`, a cached function. Of the module itself its
     trials are not heard, its calls are."""
@@ -125,6 +126,7 @@ assert metadata.version("iio_kernels") == iio_kernels.__version__
 """
 
 
+@pytest.mark.long
 def test_the_backend_has_its_name_in_a_clone():
     done = run(FROM_A_CLONE)
     assert done.returncode == 0, done.stderr
@@ -149,6 +151,7 @@ assert "iio_kernels" in torch._dynamo.list_backends()
 )
 
 
+@pytest.mark.long
 def test_other_places_hold_no_distribution(tmp_path):
     done = run(f"EMPTY = {str(tmp_path)!r}\n{IN_OTHER_PLACES}")
     assert done.returncode == 0, done.stderr

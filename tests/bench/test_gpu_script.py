@@ -53,6 +53,7 @@ def test_dry_run(tmp_path):
     assert len(results["training"]["rows"]) == 4
 
 
+@pytest.mark.long
 def test_training_goes_on_from_the_archive_of_an_earlier_call(tmp_path):
     assert run(tmp_path / "first", "training").returncode == 0
     table = tmp_path / "table1"

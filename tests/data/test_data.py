@@ -39,6 +39,7 @@ def test_no_such_data_set():
         generator("clever", 1)
 
 
+@pytest.mark.long
 def test_the_command_without_docstrings_and_with_a_backend_of_matplotlib_that_does_not_exist():
     command, environment = [sys.executable, "-OO", "-m", "data", "--help"], os.environ | {"MPLBACKEND": "module"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)

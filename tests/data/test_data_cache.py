@@ -78,6 +78,7 @@ def test_user_cache_where_the_folder_is_read_only(path, tmp_path, monkeypatch):
     assert same(load(path, progress=False), 6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("writable", [True, False])
 def test_no_home(path, monkeypatch, writable):
     """As under a bare user id in a container: beside the file is a place all the same."""
@@ -106,6 +107,7 @@ def test_user_cache_below_home(path, tmp_path, monkeypatch):
     assert tmp_path / "mine" / "iio_kernels" == cache.folders(path, None)[1].parent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("closed", [None, io.StringIO()], ids=["before Python started", "since"])
 def test_a_stderr_that_is_closed(path, monkeypatch, capsys, closed):
     write(path)

@@ -154,6 +154,7 @@ def test_converted_once_and_again_when_a_list_changes(folder, monkeypatch):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["CLEVR_v1.0", "CLEVR_v1.0.cache"]
 
 
+@pytest.mark.long
 def test_killed_during_the_conversion(folder):
     """The next process goes on with the block where it was killed."""
     _, scenes = write(folder, {"train": (3, 4, 5), "val": (6, 7)})

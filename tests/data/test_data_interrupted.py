@@ -25,6 +25,7 @@ RUN = f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r}); from data imp
 LOAD = "print(len(load(sys.argv[1], progress=False)))"
 
 
+@pytest.mark.long
 def test_processes_at_the_same_time(path):
     """One converts, and the others wait for what it makes."""
     write(path, 600)
@@ -36,6 +37,7 @@ def test_processes_at_the_same_time(path):
     assert len(list(path.parent.iterdir())) == 2
 
 
+@pytest.mark.long
 def test_waiting_for_a_process_that_is_killed(path):
     """Its place is taken, and what it had converted kept."""
     write(path, 600)
@@ -63,6 +65,7 @@ def test_a_lock_that_is_never_the_folders_own(tmp_path, monkeypatch):
         assert not cache._lock(tmp_path / "part", stack)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks(path, monkeypatch, number):
     def flock(*_):
@@ -74,6 +77,7 @@ def test_a_file_system_without_locks(path, monkeypatch, number):
     assert len(list(path.parent.iterdir())) == 2
 
 
+@pytest.mark.long
 def test_killed_during_the_conversion(path, monkeypatch):
     """The next process goes on with the block where it was killed."""
     write(path, 600)

@@ -103,6 +103,7 @@ def test_neumann_terms_around_their_gradient():
         torch.autograd.grad(out, inputs, create_graph=True)
 
 
+@pytest.mark.long
 @compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_neumann_terms_compiled():

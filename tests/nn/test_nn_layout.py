@@ -34,6 +34,7 @@ def test_slots_masks_and_noise_broadcast():
     )
 
 
+@pytest.mark.long("triton")
 @each_backend
 @pytest.mark.parametrize("name", ["defaults", "inputs as they are", "heads", "inputs as they are, heads"])
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "frames"])
@@ -109,6 +110,7 @@ def test_nothing(name, empty):
     out.sum().backward()
 
 
+@pytest.mark.long("triton")
 @each_backend
 @pytest.mark.parametrize("name", ["defaults", "joint heads", "bilevel"])
 def test_bitwise_repeatable(name, backend, device, interpreted):

@@ -116,6 +116,7 @@ def test_compiled_whole(name, compiler, backend):
         assert_all_close(got, results(ours, module, *tensors, **arguments), 1e-5)
 
 
+@pytest.mark.long
 @compiles
 @pytest.mark.parametrize("name", ["defaults", "joint heads"])
 def test_compiled_once_for_all_numbers_of_inputs(name):

@@ -187,6 +187,7 @@ def check_any_shape(backend, device, batch, D, O, size, kernel, stride, padding,
     assert_all_close(run(tensors, backend, **options), literally(tensors, **options))
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device):
     check_any_shape(backend, device)
 

@@ -26,6 +26,7 @@ each_kind = pytest.mark.parametrize("kind", [Case("conv"), STRIDED_CONV], ids=la
 each_relu = pytest.mark.parametrize("relu", [True, False], ids=["ReLU", "no ReLU"])
 
 
+@pytest.mark.long("reference", "triton")
 @each_relu
 @each_kind
 def test_gradcheck(relu, kind, backend, device, interpreted):
@@ -65,6 +66,7 @@ def test_second_derivatives_are_the_references_alone(relu, backend, device):
                 torch.autograd.grad(penalty, weight, retain_graph=True)
 
 
+@pytest.mark.long("triton")
 def test_functional_gradient(backend, device):
     tensors, options = Case("functional").make(device=device)
 
@@ -100,6 +102,7 @@ def test_results_without_gradients(backend, device):
     broadcast_conv2d(*tensors, backend=backend, **options).sum().backward()
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 def test_nothing_of_the_results_size_is_kept_for_backward(backend, device):
     tensors, options = Case("kept", (2, 50)).make(device=device)

@@ -65,12 +65,14 @@ def test_relu_cuts_at_0(backend, device):
     assert dz.item() == 2
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable(backend, device):
     for kind in (Case("repeated", (19,), size=(35, 35)), STRIDED_CONV):
         tensors, options = kind.make(torch.float32, device)
         assert all(map(torch.equal, run(tensors, backend, **options), run(tensors, backend, **options)))
 
 
+@pytest.mark.long("triton")
 def test_inputs_are_never_written_to(backend, device):
     tensors, options = Case("read only").make(device=device)
     before = [x.clone() for x in tensors]

@@ -48,6 +48,7 @@ STRIDES += ["of one number"]
 each_stride = pytest.mark.parametrize("how", STRIDES)
 
 
+@pytest.mark.long("triton")
 @each_stride
 @each_kind
 def test_strided_inputs(how, kind, backend, device):
@@ -62,6 +63,7 @@ def test_strided_inputs(how, kind, backend, device):
     assert_all_close((out, *torch.autograd.grad(out, leaves, random_like(out))), expected)
 
 
+@pytest.mark.long("triton")
 @each_stride
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -73,6 +75,7 @@ def test_strided_incoming_gradients(how, kind, dtype, backend, device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.long("triton")
 def test_sum_sends_gradients_of_stride_zero(backend, device):
     tensors, options = Case("stride 0").make(device=device)
     expected = run(tensors, backend, torch.ones(2, 3, 8, 9, 7).to(tensors[0]), **options)

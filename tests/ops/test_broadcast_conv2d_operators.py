@@ -26,6 +26,7 @@ each_relu = pytest.mark.parametrize("relu", [True, False], ids=["ReLU", "no ReLU
 assert_all_close = comparison(NAMES, 1e-12)
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @each_relu
@@ -40,6 +41,7 @@ def test_opcheck(dtype, relu, backend, device):
     torch.library.opcheck(operators.broadcast_backward.default, (random_like(out), constant, position_map, *options))
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @each_kind
@@ -83,6 +85,7 @@ def test_compiles_under_autocast(backend, device):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.long("cpu", "triton")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @kernels_alone
 def test_compiles_to_code(backend, device):

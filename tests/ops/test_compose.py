@@ -187,6 +187,7 @@ def check_any_shape(backend, device, B, K, C, H, W, channels_last):
     assert_all_close(composed(*tensors, backend), composed(*tensors))
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device):
     check_any_shape(backend, device)
 

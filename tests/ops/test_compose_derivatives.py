@@ -16,6 +16,7 @@ OPERATION = "compose"
 assert_all_close = comparison(NAMES, 1e-12)
 
 
+@pytest.mark.long("reference", "triton")
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_gradcheck(K, backend, device, interpreted):
     leaves = [x.requires_grad_() for x in Case("small", K=K, C=2, H=2, W=3).make(device=device)[0]]
@@ -53,6 +54,7 @@ def test_second_derivatives_are_the_references_alone(output, backend, device):
                 torch.autograd.grad(y, x, retain_graph=True)
 
 
+@pytest.mark.long("triton")
 def test_functional_gradient(backend, device):
     image, decoded = Case("functional").make(device=device)[0]
 

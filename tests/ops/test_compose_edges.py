@@ -71,6 +71,7 @@ def test_nan_goes_to_everything_that_depends_on_it(place, channels_last, backend
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable(backend, device):
     for case in (Case("repeated", K=5, H=35, W=35), Case("repeated", K=5, H=35, W=35, channels_last=True)):
         tensors = case.make(torch.float32, device)[0]
@@ -87,6 +88,7 @@ def test_layout_changes_no_bit(backend, device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.long("triton")
 def test_inputs_are_never_written_to(backend, device):
     for channels_last in (False, True):
         image, decoded = Case("read only", channels_last=channels_last).make(device=device)[0]
@@ -110,6 +112,7 @@ def test_nothing_but_inputs_is_kept_for_backward(backend, device):
     assert {x.data_ptr() for x in kept} == {image.data_ptr(), decoded.data_ptr()}
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     tensors = Case("autocast").make(torch.float32, device)[0]
     expected = run(*tensors, backend)

@@ -28,6 +28,7 @@ STRIDES += ["expanded", "expanded over pixels", "of one number"]
 each_stride = pytest.mark.parametrize("how", STRIDES)
 
 
+@pytest.mark.long("triton")
 @each_stride
 @pytest.mark.parametrize("C", [3, 2])
 def test_strided_inputs(how, C, backend, device):
@@ -40,6 +41,7 @@ def test_strided_inputs(how, C, backend, device):
     assert_all_close((*outputs, *torch.autograd.grad(outputs, leaves, random_like(*outputs))), expected)
 
 
+@pytest.mark.long("triton")
 @each_stride
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_strided_incoming_gradients(how, channels_last, backend, device):
@@ -52,6 +54,7 @@ def test_strided_incoming_gradients(how, channels_last, backend, device):
         assert_all_close(got, ours(image, decoded, backend, [x.contiguous() for x in incoming]))
 
 
+@pytest.mark.long("triton")
 def test_sum_sends_gradients_of_stride_zero(backend, device):
     image, decoded = Case("stride 0").make(device=device)[0]
     expected = composed(image, decoded, backend, [torch.ones_like(x) for x in compose(decoded)])

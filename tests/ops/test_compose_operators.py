@@ -23,6 +23,7 @@ assert_all_close = comparison(NAMES, 1e-12)
 # --- the operators ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 @pytest.mark.parametrize("wanted", [(True, True), (False, False), (True, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -47,6 +48,7 @@ def test_opcheck(wanted, dtype, channels_last, backend, device):
 # --- torch.compile ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -62,6 +64,7 @@ def test_compiles_as_one_graph(dynamic, channels_last, backend, device):
         assert_all_close(results(compiled, *tensors), results(function, *tensors))
 
 
+@pytest.mark.long("cpu", "triton")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @kernels_alone
 def test_compiles_to_code(backend, device):

@@ -187,6 +187,7 @@ def test_error_is_within_budget_with_every_instruction_set(name, budgets, tmp_pa
             assert error <= allowed, f"{call}, result {i}: {error} > {allowed}"
 
 
+@pytest.mark.long
 def test_an_instruction_set_that_does_not_exist():
     program = """
 import torch, iio_kernels

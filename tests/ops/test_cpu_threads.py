@@ -33,6 +33,7 @@ from cpu_operators import (
 from torch import Tensor
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "operators",
     [

@@ -155,6 +155,7 @@ def test_strided_planes(how):
         torch.testing.assert_close(function(*views), function(*(x.contiguous() for x in views)), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_threads_may_run_in_any_order(monkeypatch):
     """Not a bit changes where a block's threads run in the reverse order between barriers: they do not race."""
     for case in (CASES[0], *MORE[:6], *MORE[9:]):

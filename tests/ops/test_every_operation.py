@@ -167,6 +167,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.long("triton")
 @traced
 @on_backends
 def test_opcheck(operation, backend, device):

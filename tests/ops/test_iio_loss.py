@@ -59,6 +59,7 @@ def test_error_is_within_budget(case, dtype, backend, device):
             assert (x.double() - exact).abs().max() <= allowed_error(exact, plain.to(x.dtype)), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("K", [7, 11])
 def test_many_masks(K, backend, device, interpreted):
     """Beyond the literal formula's reach: some of its terms, and that they sum up."""
@@ -102,6 +103,7 @@ def test_two_masks_is_minus_inpainting_error_maximization(backend, device):
     torch.testing.assert_close(iio_loss(image, masks, backend=backend), -objective.mean(), rtol=1e-10, atol=0)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("K", [2, 3, 5])
 def test_terms_and_reductions(K, backend, device):
     (image, masks), _ = Case("reduced", B=3, K=K).make(device=device)
@@ -173,6 +175,7 @@ def check_any_shape(backend, device, B, C, K, H, W, sigma, half, repeats, eps):
         assert_all_close(run(*tensors, backend, **options), expected, relative=1e-9)
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device):
     check_any_shape(backend, device)
 

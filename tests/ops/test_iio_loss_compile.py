@@ -16,6 +16,7 @@ from iio_kernels.testing.iio_loss import (
 OPERATION = "iio_loss"
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(dynamic, backend, device):
@@ -38,6 +39,7 @@ def test_others_compile_as_one_graph(function, backend, device):
     torch.testing.assert_close(compiled(*tensors), function(*tensors, backend=backend))
 
 
+@pytest.mark.long("cpu", "triton")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_compiles_to_code(any_device):
     """Once all the way through Inductor."""

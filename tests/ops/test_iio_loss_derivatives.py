@@ -20,6 +20,7 @@ DEFAULTS = Inpainter(sigma=5.0, kernel_size=11, repeats=2, eps=1e-8)
 NAN = float("nan")
 
 
+@pytest.mark.long("reference", "triton")
 @pytest.mark.parametrize("K", [2, 3, 4])
 def test_gradcheck(K, backend, device, interpreted):
     case = Case("small", B=2, C=2, K=K, H=4, W=5, options={"sigma": 1.0, "kernel_size": 3, "eps": 1e-3})
@@ -79,6 +80,7 @@ def test_second_derivatives_are_the_references_alone(function, backend, device):
                 way()
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("function", [iio_loss, conditional_entropies, inpaint])
 def test_functional_gradient(function, backend, device):
     if backend == "written_out" and function is not iio_loss:
@@ -94,6 +96,7 @@ def test_functional_gradient(function, backend, device):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["transposed", "channels last", "sliced", "expanded"])
 def test_strided_inputs(how, backend, device):
     (image, masks), _ = Case("strided", B=3).make(device=device)
@@ -106,6 +109,7 @@ def test_strided_inputs(how, backend, device):
     assert_all_close((losses.detach(), *gradients), expected)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["sliced", "expanded", "stride 0 in one", "reversed"])
 def test_strided_incoming_gradients(how, backend, device):
     (image, masks), _ = Case("strided", B=3).make(device=device)

@@ -130,6 +130,7 @@ def test_all_subsets_are_the_exact_loss(K, more, backend, device):
     assert_all_close(run_drawn(image, masks, backend, subsets=2**K - 2 + more), expected)
 
 
+@pytest.mark.long("triton")
 def test_terms_and_reductions(backend, device):
     (image, masks), _ = Case("reduced", B=3, K=20).make(device=device)
 

@@ -127,12 +127,14 @@ def test_an_image_of_nan_gives_gradients_of_nan(backend, device):
         assert x.isnan().all()
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable(backend, device):
     tensors, _ = Case("repeated", K=5).make(torch.float32, device)
     for x, y in zip(run(*tensors, backend), run(*tensors, backend), strict=True):
         assert torch.equal(x, y)
 
 
+@pytest.mark.long("triton")
 def test_inputs_are_never_written_to(backend, device):
     (image, masks), _ = Case("read only").make(device=device)
     before = image.clone(), masks.clone()
@@ -154,6 +156,7 @@ def test_backward_twice_over_one_graph(backend, device):
     assert torch.equal(first, second)
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     (image, masks), _ = Case("autocast").make(torch.float32, device)
     expected = run(image, masks, backend)

@@ -30,6 +30,7 @@ def _dilated(objects: Tensor) -> Tensor:
     return grown * (grown.cumsum(1) - grown == 0)
 
 
+@pytest.mark.long("written_out")
 def test_true_masks_are_the_best_of_all(backend, device, interpreted):
     """Mean loss over 300 scenes of Tetrominoes, the true masks and what a model might settle for instead."""
     if interpreted:

@@ -74,6 +74,7 @@ def test_gradients_that_are_not_wanted(wanted, backend, device):
         torch.testing.assert_close(leaf.grad, dimage if wanted == "image" else dmasks)
 
 
+@pytest.mark.long("reference", "triton")
 def test_gradcheck(backend, device, interpreted):
     case = Case("small", B=1, C=2, K=5, H=4, W=5, options={"sigma": 1.0, "kernel_size": 3, "eps": 1e-3})
     tensors, options = case.make(device=device)
@@ -92,6 +93,7 @@ def test_gradcheck(backend, device, interpreted):
             gradient.square().sum().backward()
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(wanted, dtype, backend, device):
@@ -104,6 +106,7 @@ def test_opcheck(wanted, dtype, backend, device):
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(dynamic, backend, device):
@@ -122,6 +125,7 @@ def test_compiles_as_one_graph(dynamic, backend, device):
         assert_all_close(got, results(function, *tensors))
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["transposed", "channels last", "sliced", "expanded"])
 def test_strided_inputs(how, backend, device):
     (image, masks), _ = Case("strided", B=3, K=9).make(device=device)
@@ -135,6 +139,7 @@ def test_strided_inputs(how, backend, device):
     assert_all_close((losses.detach(), *gradients), expected)
 
 
+@pytest.mark.long("triton")
 def test_strided_incoming_gradients(backend, device):
     (image, masks), _ = Case("strided", B=3, K=6).make(device=device)
     values = torch.tensor([0.5, NAN, -1.0, NAN, 2.0, NAN], dtype=image.dtype, device=device)
@@ -144,6 +149,7 @@ def test_strided_incoming_gradients(backend, device):
         )
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable_and_inputs_left_alone(backend, device):
     tensors, _ = Case("repeated", K=20).make(torch.float32, device)
     before = [x.clone() for x in tensors]
@@ -188,6 +194,7 @@ def test_empty_masks(eps, backend, device):
         assert (x == 0).all()
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     tensors, _ = Case("autocast", K=9).make(torch.float32, device)
     options = {"subsets": 14, "reduction": "none", "backend": backend}
@@ -234,6 +241,7 @@ def check_any_shape(backend, device, interpreted, B, C, K, H, W, more, dtype):
         torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device, interpreted):
     check_any_shape(backend, device, interpreted)
 

@@ -150,6 +150,7 @@ def check_any_shape(backend, device, batch, K, N, Dk, Dv, eps, eps_in, normalize
     assert_all_close(run(tensors, backend, **options), results(literal_slot_attention, tensors, **options))
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device):
     check_any_shape(backend, device)
 

@@ -23,6 +23,7 @@ def _compiled_sum(compiled, q, k, v, masks):
     return U, A, *torch.autograd.grad((U * U).sum() + (A * A).sum(), leaves)
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])

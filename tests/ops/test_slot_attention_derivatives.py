@@ -54,6 +54,7 @@ def test_gradients_of_some_inputs(wanted, backend, device):
             assert leaf.grad is None
 
 
+@pytest.mark.long("reference", "triton")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_gradcheck(case, backend, device, interpreted):
     tensors, options = case.make(device=device, seed=3)
@@ -84,6 +85,7 @@ def test_second_derivatives_are_the_references_alone(output, backend, device):
                 way()
 
 
+@pytest.mark.long("triton")
 def test_functional_gradient(backend, device):
     tensors, _ = Case("functional").make(device=device)
 

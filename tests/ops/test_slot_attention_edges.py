@@ -80,6 +80,7 @@ def test_nan_goes_to_everything_that_depends_on_it(which, backend, device):
     assert_all_close([x[0] for x in (U, A, dq, dk, dv)], [x[0] for x in clean])
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable(backend, device):
     tensors, options = case_named("both masks").make(torch.float32, device)
     first = run(tensors, backend, **options)
@@ -87,6 +88,7 @@ def test_bitwise_repeatable(backend, device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.long("triton")
 def test_inputs_are_never_written_to(backend, device):
     for name in ("plain", "both masks", "joint heads, masks"):
         tensors, options = case_named(name).make(device=device)
@@ -101,6 +103,7 @@ def test_inputs_are_never_written_to(backend, device):
             assert torch.equal(x, y)
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     tensors, _ = Case("autocast").make(torch.float32, device)
     expected = run(tensors, backend)

@@ -18,6 +18,7 @@ OPERATION = "slot_attention"
 assert_all_close = comparison(NAMES, 1e-11)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads"])
 @pytest.mark.parametrize("joint_heads", [False, True])
 def test_strided_inputs(how, joint_heads, backend, device):
@@ -33,6 +34,7 @@ def test_strided_inputs(how, joint_heads, backend, device):
     assert_all_close((U, A, *torch.autograd.grad((U, A), views, incoming)), expected)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
 def test_strided_incoming_gradients(how, backend, device):
     tensors, _ = Case("strided", batch=(3,), Dv=6).make(device=device)
@@ -43,6 +45,7 @@ def test_strided_incoming_gradients(how, backend, device):
     assert_all_close(got, run(tensors, backend, [x.contiguous() for x in incoming]))
 
 
+@pytest.mark.long("triton")
 def test_sum_sends_gradients_of_stride_zero(backend, device):
     tensors, _ = Case("stride 0", Dv=6).make(device=device)
     expected = run(

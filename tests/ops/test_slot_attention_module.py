@@ -91,6 +91,7 @@ def test_iterations_go_on_where_others_ended(backend, device):
     torch.testing.assert_close((again, attention), expected)
 
 
+@pytest.mark.long("triton")
 def test_order_of_slots_and_inputs_does_not_matter(backend, device):
     (x, slots, weights, T), _ = Case("order", K=7).make(device=device)
     s, n = torch.randperm(7, device=device), torch.randperm(37, device=device)
@@ -124,6 +125,7 @@ def check_any_shape(backend, device, B, N, K, Dx, D, H, T):
     assert_all_close(run(arguments, backend), literally(arguments), relative=1e-10)
 
 
+@pytest.mark.long("triton")
 def test_any_shape(backend, device):
     check_any_shape(backend, device)
 

@@ -63,6 +63,7 @@ def test_results_without_gradients(backend, device):
         assert torch.equal(slot_attention_module(*arguments, backend=backend), out)
 
 
+@pytest.mark.long("reference", "triton")
 def test_gradcheck(backend, device, interpreted):
     (x, slots, weights, T), _ = SMALL.make(device=device)
     leaves = [y.requires_grad_() for y in (x, slots, *weights)]
@@ -93,6 +94,7 @@ def test_second_derivatives_are_the_references_alone(output, to, backend, device
             torch.autograd.grad(penalty, leaves[to])
 
 
+@pytest.mark.long("triton")
 def test_functional_gradient(backend, device):
     (x, slots, weights, T), _ = Case("functional").make(device=device)
 
@@ -118,6 +120,7 @@ def test_function_by_itself(any_device):
     assert_all_close(results(function, x, slots, weights, T), run((x, slots, weights, T), "reference"))
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 def test_nothing_of_the_inputs_size_is_kept_for_backward(backend, device):
     (x, slots, weights, T), _ = Case("kept", N=5000, T=1).make(device=device)

@@ -31,6 +31,7 @@ def test_a_slot_without_attention_has_no_updates(backend, device):
     assert_all_close((out, attention, *gradients), expected, relative=1e-9)
 
 
+@pytest.mark.long("triton")
 @pytest.mark.parametrize("place", ["x", "slots"])
 def test_nan_goes_to_its_image_alone(place, backend, device):
     """Through every number of the image, and to none of the others, whichever comes first."""
@@ -48,11 +49,13 @@ def test_nan_goes_to_its_image_alone(place, backend, device):
     assert all(y.isnan().any() for y in got)
 
 
+@pytest.mark.long("triton")
 def test_bitwise_repeatable(backend, device):
     arguments, _ = Case("repeated", N=300, K=5).make(torch.float32, device)
     assert all(map(torch.equal, run(arguments, backend), run(arguments, backend)))
 
 
+@pytest.mark.long("triton")
 def test_inputs_are_never_written_to(backend, device):
     (x, slots, weights, T), _ = Case("read only").make(device=device)
     before = [y.clone() for y in (x, slots, *weights)]
@@ -60,6 +63,7 @@ def test_inputs_are_never_written_to(backend, device):
     assert all(map(torch.equal, (x, slots, *weights), before))
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     arguments, _ = Case("autocast").make(torch.float32, device)
     expected = run(arguments, backend)

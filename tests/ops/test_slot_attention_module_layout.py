@@ -40,6 +40,7 @@ def _strided(x: Tensor, how: str) -> Tensor:
 each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "rows sliced", "expanded", "of one number"])
 
 
+@pytest.mark.long("triton")
 @each_stride
 @pytest.mark.parametrize("Dx", [8, 5])
 def test_strided_inputs(how, Dx, backend, device):
@@ -51,6 +52,7 @@ def test_strided_inputs(how, Dx, backend, device):
     assert_all_close(got, expected)
 
 
+@pytest.mark.long("triton")
 @each_stride
 def test_strided_incoming_gradients(how, backend, device):
     arguments, _ = Case("strided", B=3).make(device=device)
@@ -59,6 +61,7 @@ def test_strided_incoming_gradients(how, backend, device):
     assert_all_close(run(arguments, backend, incoming), run(arguments, backend, [y.contiguous() for y in incoming]))
 
 
+@pytest.mark.long("triton")
 def test_sum_sends_gradients_of_stride_zero(backend, device):
     arguments, _ = Case("stride 0").make(device=device)
     out, attention = run(arguments, backend)[:2]

@@ -23,6 +23,7 @@ OPERATION = "slot_attention_module"
 assert_all_close = comparison(NAMES, 1e-11)
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -41,6 +42,7 @@ def test_opcheck(attention, dtype, backend, device):
     torch.library.opcheck(operators.iterations_backward.default, arguments)
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 def test_operators_agree_with_the_reference_on_the_tape_and_what_maps_make(backend, device):
     """All of it, so that nothing there is left unwritten."""
@@ -59,6 +61,7 @@ def test_operators_agree_with_the_reference_on_the_tape_and_what_maps_make(backe
         torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(dynamic, backend, device):
@@ -72,6 +75,7 @@ def test_compiles_as_one_graph(dynamic, backend, device):
         assert_all_close(results(compiled, *arguments), results(function, *arguments))
 
 
+@pytest.mark.long
 @compiles
 def test_compiles_where_nothing_has_a_gradient(backend, device):
     """Nothing at all, or only the first of two calls."""
@@ -89,6 +93,7 @@ def test_compiles_where_nothing_has_a_gradient(backend, device):
     torch.testing.assert_close(function(x.requires_grad_(), slots), expected)
 
 
+@pytest.mark.long("cpu", "triton")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @kernels_alone
 def test_compiles_to_code(backend, device):

@@ -50,6 +50,7 @@ def test_backward_runs_again_and_of_each_output_alone(backend, device):
         torch.testing.assert_close(torch.autograd.grad(outputs, x, incoming, retain_graph=True)[0], first[i])
 
 
+@pytest.mark.long("reference", "triton")
 def test_gradcheck(backend, device, interpreted):
     leaves = [x.requires_grad_() for x in Case("small", K=3, C=2, H=1, W=3).make(device=device)[0]]
 
@@ -74,6 +75,7 @@ def test_second_derivatives_are_the_references_alone(backend, device):
                     torch.autograd.grad(penalty, x, retain_graph=True)
 
 
+@pytest.mark.long("triton")
 def test_functional_gradient(backend, device):
     tensors = Case("functional", H=5, W=7).make(device=device)[0]
 
@@ -103,6 +105,7 @@ def test_strided_inputs_and_incoming_gradients(how, backend, device):
     assert_all_close(results(spatial_mixture, *plain, incoming, backend=backend), contiguous)
 
 
+@pytest.mark.long("triton")
 def test_sum_sends_gradients_of_stride_zero(backend, device):
     image, decoded = Case("stride 0", H=5, W=7).make(device=device)[0]
     ones = [torch.ones_like(x) for x in literally(image, decoded)[:3]]
@@ -112,6 +115,7 @@ def test_sum_sends_gradients_of_stride_zero(backend, device):
     torch.testing.assert_close(leaf.grad, expected[-1])
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 def test_repeats_and_layouts_change_no_bit(backend, device):
     plain, last = (Case("bits", K=5, H=9, W=35, channels_last=x).make(torch.float32, device)[0] for x in (False, True))

@@ -76,6 +76,7 @@ def test_inputs_are_kept_and_never_written_to(backend, device):
         assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (*tensors, *results)}
 
 
+@pytest.mark.long("triton")
 def test_autocast_leaves_the_arithmetic_alone(backend, device):
     tensors = Case("autocast", H=5, W=7).make(torch.float32, device)[0]
     expected = results(spatial_mixture, *tensors, backend=backend)

@@ -16,6 +16,7 @@ OPERATION = "spatial_mixture"
 assert_all_close = comparison(NAMES, 1e-12)
 
 
+@pytest.mark.long("triton")
 @kernels_alone
 @pytest.mark.parametrize("everything", [True, False])
 def test_opcheck(everything, backend, device):
@@ -30,6 +31,7 @@ def test_opcheck(everything, backend, device):
     torch.library.opcheck(operators.mixture_backward.default, (*incoming, image, decoded, 0.1, everything, *kept))
 
 
+@pytest.mark.long("reference", "triton", "written_out")
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(dynamic, backend, device):

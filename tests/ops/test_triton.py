@@ -176,6 +176,7 @@ def compiled() -> list[Compiled]:
     return compile_calls(all_calls(), list(ARCHITECTURES) if DEEP else ["sm_90", "gfx942"])
 
 
+@pytest.mark.long
 def test_kernels_fit_the_gpus_they_are_compiled_for(compiled, capsys):
     with capsys.disabled():
         print("", *compiled, sep="\n")

@@ -81,6 +81,7 @@ def test_images_smaller_than_a_block(size, function, as_on_a_gpu):
     assert_all_close(results(function, tensors, **options), results(function, tensors, "reference", **options), 1e-10)
 
 
+@pytest.mark.long
 @here
 @pytest.mark.parametrize(("kernel_size", "repeats"), [(3, 24), (25, 3), (33, 1)])
 def test_filters_that_take_several_launches(kernel_size, repeats):

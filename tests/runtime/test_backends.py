@@ -131,6 +131,7 @@ def test_public_functions_call_the_backend_they_were_told(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "name", [name for name in BACKENDS if name not in ("reference", "written_out") and usable(name)]

@@ -30,6 +30,7 @@ def test_it_is_built_once_with_one_line_and_then_found(tmp_path, compiler):
     assert calls(compiler) == once
 
 
+@pytest.mark.long
 @needs_kernels
 def test_four_processes_at_once_build_it_once(tmp_path, compiler):
     processes = [start(tmp_path / "cache", compiler) for _ in range(4)]
@@ -38,6 +39,7 @@ def test_four_processes_at_once_build_it_once(tmp_path, compiler):
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == ["cpu", "lock", "objects"]
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
     (tmp_path / "cache").mkdir()
@@ -47,6 +49,7 @@ def test_a_process_that_waits_for_another_says_so(tmp_path, compiler):
     assert "serves: ['cpu', 'reference']" in finish(waiting)[0]
 
 
+@pytest.mark.long
 @needs_kernels
 def test_kill_9_in_mid_build_leaves_nothing_in_the_way(tmp_path, compiler):
     behave(compiler, "hang")
@@ -64,6 +67,7 @@ def test_kill_9_in_mid_build_leaves_nothing_in_the_way(tmp_path, compiler):
     assert not list((tmp_path / "cache").glob("build-*"))
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_cache_that_cannot_be_written(tmp_path, compiler):
     (tmp_path / "file").touch()
@@ -89,6 +93,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, compiler):
     assert list(temporary.iterdir()) == [own]
 
 
+@pytest.mark.long
 @needs_kernels
 @pytest.mark.parametrize("cache", ["", "~/cache"])
 def test_no_home(tmp_path, compiler, cache):
@@ -100,6 +105,7 @@ def test_no_home(tmp_path, compiler, cache):
     assert list(tmp_path.glob("iio_kernels-*/*.so"))
 
 
+@pytest.mark.long
 @needs_kernels
 @pytest.mark.parametrize("variable", ["IIO_KERNELS_CACHE", "XDG_CACHE_HOME"])
 def test_a_cache_below_home(tmp_path, compiler, variable):
@@ -109,6 +115,7 @@ def test_a_cache_below_home(tmp_path, compiler, variable):
     assert list((tmp_path / "here").rglob("*.so"))
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_stderr_that_is_closed(tmp_path, compiler):
     """Nothing is said then, not on stdout either."""
@@ -118,6 +125,7 @@ def test_a_stderr_that_is_closed(tmp_path, compiler):
     assert errors == ""
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_file_system_without_locks(tmp_path, compiler):
     """Processes then build beside each other, and leave each other's builds alone."""
@@ -128,12 +136,14 @@ def test_a_file_system_without_locks(tmp_path, compiler):
     assert (tmp_path / "cache" / "build-of-another-process").exists()
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_compiler_with_arguments(tmp_path, compiler):
     out, _ = finish(start(tmp_path / "cache", f"env SOME=thing {compiler}"))
     assert "serves: ['cpu', 'reference']" in out
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_compiler_of_blanks_is_none_that_is_asked_for(tmp_path, compiler):
     out, errors = finish(start(tmp_path / "cache", " ", PATH=str(compiler.parent)))
@@ -141,12 +151,14 @@ def test_a_compiler_of_blanks_is_none_that_is_asked_for(tmp_path, compiler):
     assert f"with {compiler}" in errors
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_compiler_below_home(tmp_path, compiler):
     out, _ = finish(start(tmp_path / "cache", "~/c++", HOME=str(tmp_path)))
     assert "serves: ['cpu', 'reference']" in out
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_library_that_is_there_needs_no_compiler(tmp_path, compiler):
     """Built in one image of a container, say, and used in another."""
@@ -165,6 +177,7 @@ def test_a_cache_that_is_read_only(tmp_path, compiler):
     assert "IIO_KERNELS_CACHE" in errors
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_damaged_file_in_the_cache_is_built_again(tmp_path, compiler):
     finish(start(tmp_path / "cache", compiler))
@@ -174,6 +187,7 @@ def test_a_damaged_file_in_the_cache_is_built_again(tmp_path, compiler):
     assert "serves: ['cpu', 'reference']" in out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("behaviour", "says"),
     [
@@ -201,6 +215,7 @@ def test_what_is_built_for_this_process_alone_and_does_not_load_is_removed(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_compiler_that_never_ends(tmp_path, compiler):
     behave(compiler, "hang")
     program = "import iio_kernels.runtime.compilation as c; c.TIMEOUT = 1.0\n" + PROGRAM
@@ -209,6 +224,7 @@ def test_a_compiler_that_never_ends(tmp_path, compiler):
     assert "did not end within 1 s" in errors
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -224,6 +240,7 @@ def test_no_compiler(tmp_path, name, says):
     assert says in errors
 
 
+@pytest.mark.long
 def test_no_compiler_anywhere(tmp_path):
     (tmp_path / "empty").mkdir()
     out, errors = finish(start(tmp_path / "cache", "", PATH=str(tmp_path / "empty")))
@@ -231,6 +248,7 @@ def test_no_compiler_anywhere(tmp_path):
     assert "there is no C++ compiler: install one with" in errors
 
 
+@pytest.mark.long
 def test_a_backend_asked_for_by_name_says_why_it_is_missing(tmp_path):
     program = """
 import torch, iio_kernels
@@ -244,6 +262,7 @@ except RuntimeError as error:
     assert out.startswith("backend: 'cpu' cannot be used: CXX names '/no/such/c++'")
 
 
+@pytest.mark.long
 def test_the_report_names_backends_compiler_cache_and_instruction_set(tmp_path):
     program = "import iio_kernels.__main__ as m; print(m.report())"
     out, _ = finish(start(tmp_path / "cache", "/no/such/c++", program))

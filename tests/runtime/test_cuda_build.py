@@ -185,6 +185,7 @@ def test_no_nvcc(tmp_path):
     assert errors == ""
 
 
+@pytest.mark.long
 @needs_kernels
 def test_it_is_built_once_for_this_machines_gpus(tmp_path, compiler, fake_nvcc):
     lines, errors = run(tmp_path, compiler, GPU + PROGRAM)
@@ -203,6 +204,7 @@ def test_it_is_built_once_for_this_machines_gpus(tmp_path, compiler, fake_nvcc):
     assert "compute_100" in (tmp_path / "nvcc calls").read_text()
 
 
+@pytest.mark.long
 @needs_kernels
 def test_tensors_on_the_cpu_build_nothing_for_a_gpu(tmp_path, compiler, fake_nvcc):
     program = PROGRAM.split("print")[0].replace("reference", "auto") + "print('imported')"
@@ -212,6 +214,7 @@ def test_tensors_on_the_cpu_build_nothing_for_a_gpu(tmp_path, compiler, fake_nvc
     assert not (tmp_path / "nvcc calls").exists()
 
 
+@pytest.mark.long
 @needs_kernels
 def test_an_nvcc_that_fails_is_told_once(tmp_path, compiler, fake_nvcc):
     program = "import iio_kernels.runtime.build as b; b.missing()\n" + GPU + PROGRAM
@@ -222,6 +225,7 @@ def test_an_nvcc_that_fails_is_told_once(tmp_path, compiler, fake_nvcc):
     assert errors.count("RuntimeWarning: iio_kernels: the CUDA kernels are not available") == 1
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_driver_that_is_too_old(tmp_path, compiler, fake_nvcc):
     says(tmp_path, '"CUDA driver version is insufficient for CUDA runtime version"')

@@ -31,6 +31,7 @@ def test_cores_that_others_have_are_told_once(share, told, monkeypatch, capsys):
         assert f"OMP_NUM_THREADS=1 {resume_command(Path('runs/x'))}\n" in errors
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
 def test_how_long_threads_waited_for_a_core():
     """Two programs on one core: of two seconds this one waits for about one."""
@@ -49,6 +50,7 @@ print(waited() - before)
     assert 0.4 < float(done.stdout) < 3, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch comes with libgomp on Linux alone")
 @pytest.mark.parametrize("policy", [None, "passive"])
 def test_openmp_is_told_how_to_wait_before_it_is_loaded(policy):

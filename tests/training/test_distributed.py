@@ -141,6 +141,7 @@ def test_gradients_are_those_of_one_process(tmp_path, hinge):
             torch.testing.assert_close(two[phase][name], value, rtol=1e-4, atol=atol, msg=f"{phase}, {name}")
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_does(alone, tmp_path):
     process = torchrun("train.py", *TINY, "--out", tmp_path / "two")
     out, err = finish(process)
@@ -158,6 +159,7 @@ def test_two_processes_train_as_one_does(alone, tmp_path):
                 assert line[name] == pytest.approx(other[name], rel=1e-3), f"{name} at step {line['step']}"
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     out = tmp_path / "run"
     process = torchrun("train.py", *TINY, "--out", out)
@@ -179,6 +181,7 @@ def test_an_interrupted_run_goes_on_with_another_number_of_processes(alone, tmp_
     assert_same_to_rounding(out, alone)
 
 
+@pytest.mark.long
 def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_batch(tmp_path):
     out = tmp_path / "run"
     process = torchrun("train.py", *TINY, "--out", out)
@@ -191,6 +194,7 @@ def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_batch(tmp_path)
     assert "--batch-size 8: expected a multiple of the 3 processes" in err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process in /proc")
 def test_a_killed_process_ends_the_job_and_its_checkpoint_serves(alone, tmp_path):
     out = tmp_path / "run"
@@ -207,6 +211,7 @@ def test_a_killed_process_ends_the_job_and_its_checkpoint_serves(alone, tmp_path
     assert_same_to_rounding(out, alone)
 
 
+@pytest.mark.long
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     process = torchrun("train.py", *TINY, "--batch-size", 7, "--out", tmp_path / "run")
     _, err = finish(process)
@@ -221,6 +226,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     assert (rank(), num_ranks()) == (0, 1)
 
 
+@pytest.mark.long
 def test_an_implicit_gradient_leaves_the_initial_slots_out(tmp_path):
     """Each process waits for gradients of all weights unless it is told that some have none."""
     short = ["--preset", "smoke", "--device", "cpu", "--precision", "fp32", "--optimizer", "adam", "--eval-draws", "1"]

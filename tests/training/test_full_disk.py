@@ -49,6 +49,7 @@ def test_a_full_disk_at_the_first_and_the_last_file(whole, tmp_path, monkeypatch
     assert_finished(tmp_path / "last", whole)
 
 
+@pytest.mark.long
 @needs_dev_full
 @pytest.mark.parametrize("name", ["summary.md", "summary.json", "seed1/config.json"])
 def test_a_full_disk_in_several_runs(name, tmp_path, monkeypatch, capsys):

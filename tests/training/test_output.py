@@ -23,6 +23,7 @@ def test_output_that_has_not_all_characters(encoding, whole, tmp_path, monkeypat
     assert "caf\\udce9/summary.json" in text
 
 
+@pytest.mark.long
 def test_ascii_and_no_such_backend_and_a_name_that_is_no_utf8(whole, tmp_path):
     out = os.fsencode(tmp_path).decode() + "/$'caf\\xe9'"
     code, printed, errors = shell(f"train {' '.join(SHORT)} --out {out}", PYTHONIOENCODING="ascii", MPLBACKEND="module")
@@ -32,6 +33,7 @@ def test_ascii_and_no_such_backend_and_a_name_that_is_no_utf8(whole, tmp_path):
     assert_finished(tmp_path / NAME, whole)
 
 
+@pytest.mark.long
 def test_nothing_open_to_print_to(whole, tmp_path):
     code, _, _ = shell(f"train {' '.join(SHORT)} --out {tmp_path / 'run'} >&- 2>&-")
     assert code == 0

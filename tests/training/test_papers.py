@@ -209,6 +209,7 @@ def test_what_cannot_run_is_refused_before_any_work(arguments, words, tmp_path, 
     assert_refused_before_any_work(arguments, words, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -108,7 +108,7 @@ def test_fewer_slots_than_objects_are_told(capsys):
 
 
 def test_every_data_set_names_the_network_it_takes():
-    assert NETWORK_OF.keys() == DATASETS.keys()
+    assert NETWORK_OF.keys() <= DATASETS.keys()  # others take the first, and say so
     assert set(NETWORK_OF.values()) == set(NETWORKS)
 
 

@@ -34,6 +34,7 @@ def test_kill_9_then_resume_gives_the_same_weights(finished, tmp_path, monkeypat
     assert ours["after"] == whole["after"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_other_optimizers_resume_exactly(tmp_path, monkeypatch, optimizer):
     options = [*TINY, "--optimizer", optimizer]
@@ -47,6 +48,7 @@ def test_other_optimizers_resume_exactly(tmp_path, monkeypatch, optimizer):
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_saved_and_says_how_to_go_on(finished, tmp_path, monkeypatch, number):
     out = tmp_path / "interrupted"

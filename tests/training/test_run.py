@@ -46,6 +46,7 @@ def test_fine_tuning_changes_the_weights(finished):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, tmp_path, monkeypatch):
     assert call(monkeypatch, *TINY, "--out", tmp_path / "again") == 0
     assert_same_weights(finished, tmp_path / "again")
@@ -88,6 +89,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_model_trains_and_resumes_exactly(name, tmp_path, monkeypatch, capsys):
     options = [*PLAIN, *OTHERS[name], "--steps", "6", "--eval-draws", "1"]
@@ -133,6 +135,7 @@ def test_ctrl_c_before_and_after_a_training_ends_in_a_line(monkeypatch, capsys):
         assert capsys.readouterr().err == "\ntrain.py: interrupted\n"
 
 
+@pytest.mark.long
 def test_scores_and_weights_on_the_way(tmp_path, monkeypatch):
     assert call(monkeypatch, *TINY, "--score-steps", 3, 5, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

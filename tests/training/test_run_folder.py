@@ -54,6 +54,7 @@ def test_a_folder_without_a_runs_options_is_refused(tmp_path, monkeypatch, capsy
     assert f"{tmp_path} holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_scenes_and_weights_whose_names_are_no_utf8(scenes, tmp_path, monkeypatch, capsys):
     run = tmp_path / f"run-{NAME}"
     assert call(monkeypatch, *SHORT, "--data", scenes, "--out", run) == 0

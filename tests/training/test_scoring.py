@@ -29,6 +29,7 @@ def test_eval_only_on_the_published_file(finished, monkeypatch, capsys):
     assert "Scores on 6 scenes from number 0 on" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_eval_only_scores_no_scene_that_was_trained_on(finished, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *SCORE, finished / "after.safetensors") == 0
     assert "Scores on 6 scenes from number 40 on" in capsys.readouterr().out
@@ -61,8 +62,8 @@ def test_set_prediction_is_scored_by_number_of_objects():
     class Source:
         size = (8, 8)
 
-        def batch(self, indices, device):
-            return torch.zeros(len(indices), 3, *self.size, dtype=torch.uint8), None
+        def images(self, indices, device):
+            return torch.zeros(len(indices), 3, *self.size, dtype=torch.uint8)
 
         def properties(self, indices, device):
             return objects[indices]

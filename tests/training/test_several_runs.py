@@ -11,6 +11,7 @@ from training.run import Run
 from training.signals import Interrupted
 
 
+@pytest.mark.long
 def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch, capsys):
     out, train_phase = tmp_path / "both", Run.train_phase
 
@@ -44,6 +45,7 @@ def test_several_seeds_resume_and_are_summed_up(finished, tmp_path, monkeypatch,
     assert "holds a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
     out = tmp_path / "table"
     assert call(monkeypatch, *TINY, "--table1", "--out", out) == 0
@@ -70,6 +72,7 @@ def test_table_1_compares_what_the_paper_does(tmp_path, monkeypatch):
     assert len({line["gradient_norm"] for log in logs for line in log if line.get("step") == 2}) == 2
 
 
+@pytest.mark.long
 def test_table_1_without_its_longest_row(tmp_path, monkeypatch):
     out = tmp_path / "table"
     assert call(monkeypatch, *TINY, "--table1", "--no-long-row", "--seeds", 2, "--out", out) == 0
@@ -79,6 +82,7 @@ def test_table_1_without_its_longest_row(tmp_path, monkeypatch):
     assert all(len(row["ari_each"]) == 2 for row in rows.values())
 
 
+@pytest.mark.long
 def test_a_signal_while_a_run_is_scored_stops_the_next(tmp_path, monkeypatch, capsys):
     out, score = tmp_path / "both", Run.score
 
@@ -104,6 +108,7 @@ def test_table_1_refuses_what_would_make_it_another(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_damaged_scores_of_one_of_several_runs(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, *SHORT, "--seeds", 2, "--out", tmp_path) == 0
     (tmp_path / "summary.json").unlink()

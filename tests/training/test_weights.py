@@ -15,6 +15,7 @@ from training.resolve import resolve
 from training.weights import PRETRAINED, read_weights, save_weights
 
 
+@pytest.mark.long
 def test_from_starts_with_given_weights_and_their_architecture(finished, tmp_path, monkeypatch):
     arguments = [*PLAIN, "--steps", "0"]
     arguments += ["--from", finished / "after.safetensors", "--out", tmp_path / "run"]
@@ -56,6 +57,7 @@ def test_another_networks_weights_are_refused_in_a_line(finished, tmp_path, monk
     )
 
 
+@pytest.mark.long
 def test_fine_tuning_starts_from_the_weights_that_come_with_this(tmp_path, monkeypatch, capsys):
     options = ["--device", "cpu", "--fine-tune", "iio", "--fine-tune-steps", "1", "--eval-scenes", "6"]
     assert call(monkeypatch, "--from-pretrained", "--preset", "quick", *options, "--out", tmp_path / "run") == 0

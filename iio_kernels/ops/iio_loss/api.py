@@ -85,7 +85,7 @@ def iio_loss(
     The draw: sets come in pairs, S and its complement, of each size as many as lower the variance most, and spread so
     that any two masks are together about as often as apart; which mask is which is random, for each image anew (see
     `iio_kernels.ops.iio_loss.sampling`). At K = 8 and 64 of the 254 sets the gradient's variance is 1/6 to 1/90 of
-    that of as many sets drawn uniformly (bench/README.md).
+    that of as many sets drawn uniformly (docs/experiments.md).
 
     Complexity: K (C + 1) blurs, then O(2^K C) operations a pixel, for loss and gradient alike (the formula as printed
     takes K 2^(K-1) blur pairs); for n subsets O(n K C). The reference backend holds a few times 2^K (C + 1)
