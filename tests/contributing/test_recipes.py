@@ -42,6 +42,7 @@ def test_an_operation_is_found_and_keeps_the_contract(project):
     assert contract(project(OPERATION), "slot_energy") >= 5
 
 
+@pytest.mark.long
 def test_a_backend_is_found_and_keeps_the_contract(project):
     assert contract(project(OPERATION, BACKEND), "plain and slot_energy") >= 3
 

@@ -40,7 +40,8 @@ def assert_all_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], rela
 
 
 @here
-@pytest.mark.parametrize("K", [11, pytest.param(16 if DEVICE == "cuda" else 13, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("K", [11, 16 if DEVICE == "cuda" else 13])
 def test_many_masks(K):
     """Against a sum over subsets in another order."""
     (image, masks), options = Case("many", B=1, C=1, K=K, H=3, W=2, options={"kernel_size": 1}).make(torch.float32)
@@ -62,10 +63,8 @@ def as_on_a_gpu(monkeypatch):
 
 
 @here
-@pytest.mark.parametrize(
-    "function",
-    [loss, inpaint, *(pytest.param(f, marks=pytest.mark.long) for f in (sampled_loss, conditional_entropies))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("function", [loss, inpaint, sampled_loss, conditional_entropies])
 def test_images_larger_than_a_block(function, as_on_a_gpu):
     tensors, _ = Case("large", B=1, C=4, K=2, H=70, W=150).make(torch.float64, DEVICE)
     assert_all_close(results(function, tensors), results(function, tensors, "reference"), 1e-10)
