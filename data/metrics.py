@@ -302,6 +302,7 @@ class Metric(NamedTuple):
         function: gives the score.
         unit: "%" where tables show it times 100, or "" where they show it as it is.
         higher_is_better: whether a perfect prediction has the highest value.
+        in_tables: whether tables show it; files of results have all.
     """
 
     name: str
@@ -310,6 +311,7 @@ class Metric(NamedTuple):
     function: Callable[..., Any]
     unit: str = "%"
     higher_is_better: bool = True
+    in_tables: bool = True
 
 
 def _precision_within(distance: str, label: str) -> Metric:
@@ -323,7 +325,7 @@ METRICS = {
         Metric("ari", "ARI", "labels", adjusted_rand_index),
         Metric("fg_ari", "FG-ARI", "labels", partial(adjusted_rand_index, ignore_background=True)),
         Metric("miou", "mIoU", "labels", mean_iou),
-        Metric("mbo", "mBO", "labels", mean_best_overlap),
+        Metric("mbo", "mBO", "labels", mean_best_overlap, in_tables=False),
         Metric("mse", "MSE", "images", mean_squared_error, unit="", higher_is_better=False),
         _precision_within("inf", "AP"),
         _precision_within("1", "AP 1"),

@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[1]
 TESTED = (*BACKENDS, "written_out")
 #: These serve every test: a change of theirs touches all.
 SHARED = ("tests/conftest.py", "tests/depth.py", "tests/serving.py", "pyproject.toml", ".ci/run")
+#: What a change touches besides what is named like it.
+ALSO = {
+    "train": ("training",), "csrc": ("ops", "runtime"), "README": ("docs",), "CONTRIBUTING": ("docs", "contributing"),
+    "CHANGELOG": ("docs",), "comparing": ("ops",), "plain": ("models",), "aot": ("triton",),
+}  # fmt: skip
 #: Whether the run takes the whole suite, which has time for more examples of each kind.
 if "--deep" in sys.argv:
     os.environ["IIO_KERNELS_TESTS"] = "deep"  # pytest-xdist's processes do not see the command line
@@ -93,12 +98,15 @@ def _backends(item: pytest.Item) -> list[str]:
 def mark(items: list[pytest.Item]) -> None:
     """Mark items by what they do, to choose among them: `pytest -m "not interpreter"`."""
     for item in items:
+        long = item.get_closest_marker("long")
+        if long and long.args and not _backends(item):
+            raise pytest.UsageError(f"{item.nodeid} is long on {', '.join(long.args)}, and its case names no backend")
         path, name = item.path.relative_to(ROOT).as_posix(), item.nodeid.partition("::")[2]
         if "triton" in _backends(item) and triton_support.INTERPRETED:
             item.add_marker("interpreter")
         if re.search("compile|fullgraph|inductor", name) or "acceleration" in path:
             item.add_marker("compile")
-        if re.search("tests/runtime/|test_triton.py|cuda_on_host", path):
+        if re.search("runtime/test_(build|compil|cuda|pack|sanit|shared)|test_triton.py|cuda_on_host", path):
             item.add_marker("build")
         if re.search("tests/training/|tests/contributing/|gpu_script", path):
             item.add_marker("training")
@@ -114,8 +122,13 @@ def _changed(since: str | None) -> set[str]:
     paths = _git("diff", "--name-only", since).split() if since else []
     if set(paths) & set(SHARED):
         return {"tests"}
-    words = {word for path in paths for word in (*Path(path).parts[:-1], Path(path).stem.removeprefix("test_"))}
-    return words - {"tests", "iio_kernels"}
+    words = {word for path in paths for word in (*Path(path).parts[:-1], _subject(Path(path)))}
+    return (words | {other for word in words for other in ALSO.get(word, ())}) - {"tests", "iio_kernels"}
+
+
+def _subject(path: Path) -> str:
+    """What a file is about, by its name: csrc/compose_bindings.cpp is about compose."""
+    return re.sub("_(cuda_)?(bindings|operators)$", "", path.stem.removeprefix("test_"))
 
 
 def _touches(path: Path, changed: set[str]) -> bool:

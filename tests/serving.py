@@ -63,7 +63,8 @@ inpainting = sys.modules["iio_kernels.ops.iio_loss.written_out"]
 for name in ("conditional_entropies", "inpaint"):
     setattr(inpainting, f"{name}_backward", gradients(getattr(inpainting, name)))
 
-# The CUDA backend's kernels without a GPU: slow, so only where asked for. tests/test_cuda_on_host.py takes some cases.
+# The CUDA backend's kernels without a GPU: slow, so only where asked for.
+# tests/ops/test_cuda_on_host.py takes some cases.
 if os.environ.get("IIO_KERNELS_CUDA_ON_HOST"):
     cuda_on_host.load(cuda_on_host.build(Path(tempfile.mkdtemp())))
 

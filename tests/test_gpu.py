@@ -270,7 +270,7 @@ def test_a_captured_training_step_is_the_step_itself(phase, precision, optimizer
                 optimizer.load_state_dict(copy.deepcopy(state))
             step = Step(model, optimizer, phase, own)
             for i in range(4):
-                pixels, _ = source.batch(order(i), "cuda")
+                pixels = source.images(order(i), "cuda")
                 noise = draw_noise(own, own.batch_size, model.noise_shape, i)
                 mode = torch.cuda.get_sync_debug_mode()
                 torch.cuda.set_sync_debug_mode("error" if i > 0 else mode)  # compiling and capturing may wait
@@ -301,7 +301,7 @@ def test_a_captured_step_notices_what_is_no_number():
     source = open_scenes(config)
     model = build_model(config, source.size)
     step = Step(model, build_optimizer(model, config), "pre-training", config, 10)
-    pixels, _ = source.batch(Order(config)(0), "cuda")
+    pixels = source.images(Order(config)(0), "cuda")
     noise = draw_noise(config, config.batch_size, model.noise_shape, 0)
     for i in range(4):
         step(Batch(pixels, noise, None), 1e-3)

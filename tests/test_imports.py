@@ -102,7 +102,7 @@ def test_every_exception_is_needed():
     assert [pair for pair in EXCEPTIONS if pair[1] not in imports(pair[0])] == []
 
 
-@pytest.mark.parametrize("module", ["tests", "bench", "data", "models", "iio_kernels"])
+@pytest.mark.parametrize("module", PROJECT)
 def test_imports_are_absolute(module):
     relative = [name for name in SOURCES if within(name, (module,)) if any(x.startswith(".") for x in imports(name))]
     assert not relative

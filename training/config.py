@@ -220,12 +220,13 @@ class Config(TaskOptions, DataOptions, ModelOptions, OptimizationOptions, IIOOpt
     """
 
 
-def from_command_line() -> Config:
-    """The options that the program is called with."""
+def from_command_line(args: list[str] | None = None) -> Config:
+    """The options that the program is called with, or those given."""
     groups = {base.__name__.removesuffix("Options"): base for base in Config.__bases__}
     fields = [(name, group, dataclasses.field(default=group())) for name, group in groups.items()]
     grouped = dataclasses.make_dataclass("grouped", fields)
-    given = tyro.cli(grouped, description=inspect.cleandoc(Config.__doc__), config=(tyro.conf.OmitArgPrefixes,))
+    description = inspect.cleandoc(Config.__doc__)
+    given = tyro.cli(grouped, args=args, description=description, config=(tyro.conf.OmitArgPrefixes,))
     return Config(**{name: value for group in groups for name, value in vars(getattr(given, group)).items()})
 
 

@@ -7,10 +7,10 @@ from training.building import recipe_of
 from training.config import Config
 from training.schedule import phase_steps
 
-#: What tables show of the scores, in percent, under which headings; and, as they are, errors. Mean best overlap is in
-#: files alone.
-PERCENT = {name: metric.label for name, metric in METRICS.items() if metric.unit == "%" and name != "mbo"}
-ERRORS = {name: metric.label for name, metric in METRICS.items() if metric.unit == ""} | {"loss": "loss"}
+#: What tables show of the scores, in percent, under which headings; and, as they are, errors.
+SHOWN = {name: metric for name, metric in METRICS.items() if metric.in_tables}
+PERCENT = {name: metric.label for name, metric in SHOWN.items() if metric.unit == "%"}
+ERRORS = {name: metric.label for name, metric in SHOWN.items() if metric.unit == ""} | {"loss": "loss"}
 
 #: What tables call the fine-tunings.
 FINE_TUNING = {"iio": "IIO", "reconstruction": "reconstruction"}

@@ -12,12 +12,17 @@ A file `<operation>.py` has
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 from iio_kernels.runtime.backends import OPERATIONS
 
 __all__ = ["MEASURED", "TESTED"]
 
-#: By operation, how it is measured, and what it is tested on.
-MEASURED: dict[str, ModuleType] = {name: importlib.import_module(f"bench.operations.{name}") for name in OPERATIONS}
-TESTED: dict[str, ModuleType] = {name: importlib.import_module(f"iio_kernels.testing.{name}") for name in OPERATIONS}
+#: By operation, how it is measured, of those that have a file here, and what it is tested on.
+MEASURED: dict[str, ModuleType] = {
+    name: importlib.import_module(f"bench.operations.{name}")
+    for name in OPERATIONS
+    if find_spec(f"bench.operations.{name}") is not None
+}
+TESTED: dict[str, ModuleType] = {name: importlib.import_module(f"iio_kernels.testing.{name}") for name in MEASURED}

@@ -15,6 +15,10 @@ class NoCompiler(BuildError):
     """There is nothing to build them with, or nothing to build them for."""
 
 
+class LinkError(BuildError):
+    """All files compile, and what comes of them does not go together."""
+
+
 def say(text: str) -> None:
     """A line on stderr, if anyone hears it: it may be closed."""
     with contextlib.suppress(AttributeError, OSError, ValueError):

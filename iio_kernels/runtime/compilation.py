@@ -110,6 +110,5 @@ def _failure(said: str, edges: Sequence[Edge]) -> Exception:
     failed = next((edge for edge in edges if edge.output in lines[start].split()), edges[0])
     own = [line for line in lines[start + 2 :] if not line.startswith("ninja: ")]
     errors = [line for line in own if "error" in line.lower()] or own
-    return BuildError(
-        f"the compiler {failed.command[0]} failed: {one_line(errors[0]) if errors else 'it says nothing'}"
-    )
+    kind = BuildError if failed.compiles else LinkError
+    return kind(f"the compiler {failed.command[0]} failed: {one_line(errors[0]) if errors else 'it says nothing'}")

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from iio_kernels.runtime import compilation
-from iio_kernels.runtime.build_errors import BuildError, say, say_once
+from iio_kernels.runtime.build_errors import BuildError, LinkError, say, say_once
 from iio_kernels.runtime.compilers import compilers_hash
 from iio_kernels.runtime.libraries import LINKED, Library
 from iio_kernels.runtime.trust import open_to_others
@@ -148,9 +148,14 @@ def _build(library: Library, compilers: list[list[str]], folder: Path, name: str
     say(f"compiling the {library.kernels} with {used}, once, in {library.time}, to {folder}{reason}")
     objects = folder / f"objects-{library.name}-{_headers_hash(compilers)}"
     try:
+        sources, edges = library.sources(), library.edges(*compilers)
         _take(objects, build)
         try:
-            compilation.make(build, library.sources(), library.edges(*compilers))
+            compilation.make(build, sources, edges)
+        except LinkError:  # as where a crash has left an object without its content: once more, from nothing
+            shutil.rmtree(build)
+            build.mkdir(mode=0o700)
+            compilation.make(build, sources, edges)
         except BuildError:
             _keep(build, objects)  # what did compile
             raise

@@ -131,7 +131,7 @@ CASES = (
     Case("many slots", B=1, K=24, H=5, W=7, channels_last=True),
     Case("wide", options={"sigma": 0.7}),
     Case("narrow", options={"sigma": 0.05}),
-    Case("grey", C=1),
+    Case("gray", C=1),
     Case("six channels, channels last", K=3, C=6, channels_last=True),
     Case("no images", B=0),
     Case("one pixel", H=1, W=1),

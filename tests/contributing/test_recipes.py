@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recipes import apply, copy_of_the_tree, recipe, run
 
 OPERATION, BACKEND = "Add an operation", "Add a backend"

@@ -229,9 +229,6 @@ def test_a_cache_that_says_nothing_is_made_anew(path, about):
     assert same(load(path, progress=False), 6)
 
 
-WHOLE = {"rows": 6, "checksums": {"image": 1, "labels": 1}}
-
-
 @pytest.mark.parametrize(
     "change",
     [

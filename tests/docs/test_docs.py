@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from pages import PAGES, ROOT, anchors, blocks, commands, links, name, prose, spans
 from torch import nn
 
 import data.__main__ as data_command
 from iio_kernels.testing.families.locatello import Locatello
 from models import iem
-from training.config import Config
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pages import PAGES, ROOT, anchors, blocks, commands, links, name, prose, spans
+from training.config import from_command_line
 
 SHOWING = [page for page in PAGES if blocks(page, "python") and page.name != "CONTRIBUTING.md"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=name)
@@ -140,7 +137,8 @@ def take(words: list[str], config: pytest.Config) -> None:
         SystemExit, pytest.UsageError: the program does not take these arguments.
     """
     if "train.py" in words:
-        return parse(words[words.index("train.py") + 1 :], Config)
+        arguments = words[words.index("train.py") + 1 :]
+        return None if "--help" in arguments else from_command_line(arguments)
     if words[0] == "pytest":
         return check_pytest(words[1:], config)
     if words[:2] == ["python", "-m"]:
@@ -151,7 +149,7 @@ def take(words: list[str], config: pytest.Config) -> None:
         elif module == "models.iem":
             parse(arguments, iem.Arguments)
         elif module.startswith("bench."):
-            parse([] if words[3:] == [] else arguments[1:], Config)  # behind the folder, options of train.py
+            from_command_line([] if words[3:] == [] else arguments[1:])  # behind the folder, options of train.py
         return None
     assert words[0] in ("pip", "bench/gpu.sh", "mypy", "ruff", "git", "head"), f"not known: {words}"
     if "-e" in words:
@@ -170,9 +168,9 @@ def check_pytest(arguments: list[str], config: pytest.Config) -> None:
 @pytest.fixture
 def known_options(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> set[str]:
     """The options of all programs that the pages speak of."""
-    for program in (Config, data_command.main, iem.Arguments):
+    for ask in (from_command_line, *(functools.partial(tyro.cli, x) for x in (data_command.main, iem.Arguments))):
         with pytest.raises(SystemExit):
-            tyro.cli(program, args=["--help"])
+            ask(args=["--help"])
     parser = request.config._parser
     groups = (parser._anonymous, *parser._groups)
     return {

@@ -215,6 +215,9 @@ BROADCAST = {"broadcast_forward": broadcast, "broadcast_backward": broadcast_bac
 ITERATIONS = {"iterations_forward": iterations, "iterations_backward": iterations_backward}
 GOOD = ATTENTION | INPAINTING | COMPOSITION | MIXTURE | BROADCAST | ITERATIONS
 each_operator = pytest.mark.parametrize("operator", GOOD)
+#: What the library defines.
+NAMES = torch._C._dispatch_get_all_op_names()
+DEFINED = {name.removeprefix("iio_kernels::") for name in NAMES if name.startswith("iio_kernels::")}
 
 
 def call(operator: str, arguments: dict[str, object]) -> tuple[Tensor, ...]:

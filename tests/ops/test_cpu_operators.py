@@ -8,6 +8,7 @@ import pytest
 import torch
 from cpu_operators import (
     BROADCAST,
+    DEFINED,
     F32,
     GOOD,
     HOW,
@@ -29,10 +30,13 @@ from iio_kernels.testing import iio_loss as iio_spec
 from iio_kernels.testing import slot_attention as attention_spec
 
 
-@pytest.mark.long("triton")
 @pytest.mark.parametrize(("operator", "how"), HOW, ids=str)
 def test_opcheck(operator, how):
     torch.library.opcheck(getattr(ops, operator).default, (), GOOD[operator](**how))
+
+
+def test_every_operator_is_called_here():
+    assert set(GOOD) == DEFINED
 
 
 MUTATIONS = {
@@ -122,7 +126,7 @@ def test_a_wrong_number_of_masks_is_refused(operator, K):
 # --- torch.compile ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long("cpu", "triton")
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("function", [slot_attention, iio_loss], ids=lambda function: function.__name__)

@@ -77,7 +77,6 @@ def test_tensors_that_are_negated_when_read(operator):
     assert_same(call(operator, arguments | lazy), without_nan(call(operator, arguments)))
 
 
-@pytest.mark.long("triton")
 @pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "of one number"])
 @pytest.mark.parametrize("function", [conditional_entropies, interaction_information, inpaint])
 def test_strided_incoming_gradients(function, how):

@@ -114,7 +114,7 @@ def test_where_all_residuals_are_0(case):
 
 
 @pytest.mark.parametrize("K", range(2, 17))
-@pytest.mark.parametrize(("C", "dtype"), [(1, F32), (3, F32), (2, F64)], ids=["grey", "color", "float64"])
+@pytest.mark.parametrize(("C", "dtype"), [(1, F32), (3, F32), (2, F64)], ids=["gray", "color", "float64"])
 def test_every_number_of_masks_has_its_kernels(K, C, dtype):
     """On images of a few pixels: against all terms, or where these take long against the other compiled kernels."""
     if K > 12 and BACKENDS["cpu"].missing() is not None:

@@ -32,7 +32,7 @@ def one_step_each(margin: float) -> dict[str, dict[str, torch.Tensor]]:
         model = build_model(config, source.size)
         parallel = DistributedDataParallel(model) if num_ranks() > 1 else model
         step = Step(parallel, build_optimizer(model, config), phase, config)
-        pixels, _ = source.batch(Order(config)(0))
+        pixels = source.images(Order(config)(0))
         noise = share(draw_noise(config, config.batch_size, model.noise_shape, 0))
         step(Batch(pixels, noise, None), 0.0)
         own = step.values.get("mse")

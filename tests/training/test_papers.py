@@ -5,6 +5,7 @@ import json
 import signal
 from pathlib import Path
 
+import clevr_folder
 import pytest
 import torch
 from commands import PLAIN, SCORE, assert_refused_before_any_work, assert_same_tensors, call
@@ -13,7 +14,6 @@ from safetensors.torch import save as to_safetensors
 from data import DATASETS
 from iio_kernels.nn import SlotAttention
 from models.slot_attention import SlotAttentionAutoEncoder
-from tests.data import test_data_clevr as clevr
 from training.building import build_model
 from training.config import Config, to_json
 from training.metrics_log import Metrics
@@ -262,7 +262,7 @@ def test_sets_of_the_original_clevr(tmp_path, monkeypatch, capsys):
     """Trained on the first scenes of the folder, scored on the next, and later on no scene that was trained on."""
     folder, out = tmp_path / "CLEVR_v1.0", tmp_path / "run"
     folder.mkdir()
-    clevr.write(folder, {"train": (3, 4, 5, 6, 7, 8), "val": (9, 10)})
+    clevr_folder.write(folder, {"train": (3, 4, 5, 6, 7, 8), "val": (9, 10)})
     options = ["--task", "set-prediction", "--dataset", "clevr", "--data", folder, "--preset", "smoke", "--device"]
     options += ["cpu", "--steps", "2", "--num-scenes", "6", "--eval-scenes", "2", "--eval-draws", "1"]
     assert call(monkeypatch, *options, "--batch-size", "3", "--out", out) == 0

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train
 import training.scoring
+from models import MODELS
 from models.slot_attention import PRESETS
 from training.config import Config
 from training.metrics_log import Metrics
@@ -78,15 +79,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys, r
         assert all(x.isfinite().all() for x in model.values())
 
 
-#: What there is besides Slot Attention that discovers the objects of Tetrominoes, at toy sizes.
+SETS = ["--task", "set-prediction", "--dataset", "clevr-like"]
+#: What can be trained besides Slot Attention that discovers objects.
 OTHERS = {
-    "slot-mlp": ["--model", "slot-mlp"],
-    "iodine": ["--model", "iodine"],
-    "monet": ["--model", "monet"],
-    "set prediction": ["--task", "set-prediction", "--dataset", "clevr-like", "--stepwise-loss"],
-    "sets by dspn": ["--task", "set-prediction", "--dataset", "clevr-like", "--model", "dspn"],
-    "sets by slot-mlp": ["--task", "set-prediction", "--dataset", "clevr-like", "--model", "slot-mlp"],
+    f"{model}, {task}": ["--model", model, *(SETS if task == "set-prediction" else [])]
+    for model, recipes in MODELS.items()
+    for task in recipes
+    if (model, task) != ("slot-attention", "discovery")
 }
+OTHERS["slot-attention, set-prediction"] += ["--stepwise-loss"]
 
 
 @pytest.mark.long
