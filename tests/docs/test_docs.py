@@ -19,6 +19,9 @@ import tyro
 from torch import nn
 
 import data.__main__ as data_command
+from iio_kernels import accelerate
+from iio_kernels.testing.families import OUTSIDE
+from iio_kernels.testing.families.family import Family
 from iio_kernels.testing.families.locatello import Locatello
 from models import iem
 from training.config import Config
@@ -104,6 +107,16 @@ def test_python_blocks_run(page: Path):
 
 def test_what_is_checked_of_a_page_is_shown():
     assert set(LEFT) <= {name(page) for page in SHOWING}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", OUTSIDE.values(), ids=list(OUTSIDE))
+def test_what_is_left_alone_has_the_reason_that_the_report_gives(family: Family):
+    args, kwargs = family.arguments(family.small)
+    (entry,) = accelerate(family.make(family.small), *args, **kwargs).entries
+    rows = (ROOT / "docs/accelerate.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| {family.source} |")]
+    assert f"| left alone: {entry.what} |" in row
 
 
 @each_page
