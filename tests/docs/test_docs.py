@@ -230,6 +230,36 @@ def test_every_page_is_linked_from_the_readme():
     assert {page for page in PAGES if page.name != "README.md"} <= reached | {ROOT / "README.md"}
 
 
+#: The papers that the package stands on: title, authors, year and link. No public page of the last is known, nor who
+#: wrote it when; see docs/papers.md.
+CREDITED = (
+    (
+        "Object-Centric Learning with Slot Attention",
+        "Locatello, Weissenborn, Unterthiner, Mahendran, Heigold, Uszkoreit, Dosovitskiy, Kipf",
+        "2020", "https://arxiv.org/abs/2006.15055",
+    ),
+    (
+        "Multi-Object Representation Learning with Iterative Variational Inference",
+        "Greff, Kaufman, Kabra, Watters, Burgess, Zoran, Matthey, Botvinick, Lerchner",
+        "2019", "https://arxiv.org/abs/1903.00450",
+    ),
+    (
+        "Object-Centric Learning as Nested Optimization", "Chang, Levine, Griffiths",
+        "2022", "https://iclr.cc/virtual/2022/8047",
+    ),
+    ("Interaction Information Optimization", "", "", ""),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("title", "authors", "year", "link"), CREDITED, ids=[title for title, *_ in CREDITED])
+def test_papers_are_credited_with_authors_year_and_link(title: str, authors: str, year: str, link: str):
+    four = prose(ROOT / "docs/papers.md").partition("These stand beside them")[0]
+    (entry,) = [entry for item in four.split("\n- ")[1:] if f"*{title}*" in (entry := " ".join(item.split()))]
+    assert [name for name in authors.split(", ") if name not in entry] == []
+    assert year in entry
+    assert link in entry
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
