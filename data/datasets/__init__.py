@@ -10,7 +10,15 @@ from data.dataset import Dataset
 __all__ = ["DATASETS"]
 
 #: In the order in which users meet them.
-FILES = ("tetrominoes", "multi_dsprites", "shapes", "clevr_like", "objects_room", "clevr_with_masks", "clevr")
+FILES = (
+    "tetrominoes",
+    "multi_dsprites",
+    "shapes",
+    "clevr_like",
+    "objects_room",
+    "clevr_with_masks",
+    "clevr",
+)
 
 #: All data sets by name.
 DATASETS: dict[str, Dataset] = {

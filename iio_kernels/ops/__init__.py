@@ -10,7 +10,12 @@
   folders have its file. Triton kernels stand in `triton.py`, C++ and CUDA ones in csrc: `<operation>.h`, `.cpp`,
   `_bindings.cpp`, and `.cu`.
 
-Two things stand beside the folder: sample calls and error budgets in iio_kernels/testing/<operation>.py, and the
-functions' names in iio_kernels/__init__.py. Tests, benchmarks and packages find the operation by its folder;
-tests/ops/test_every_operation.py holds it to what every operation keeps.
+Three things stand beside the folder:
+
+- sample calls and error budgets, in iio_kernels/testing/<operation>.py;
+- how it is measured, in bench/operations/<operation>.py;
+- the functions' names, in iio_kernels/__init__.py.
+
+Tests, benchmarks and packages find the operation by its folder. tests/ops/test_every_operation.py holds it to what
+every operation keeps.
 """

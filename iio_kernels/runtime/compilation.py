@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from iio_kernels.runtime.build_errors import BuildError, one_line
+from iio_kernels.runtime.build_errors import BuildError, LinkError, one_line
 from iio_kernels.runtime.libraries import Edge
 
 #: Compilation takes seconds, of CUDA code about a minute; a compiler that has not ended by then never will.

@@ -36,6 +36,14 @@ def recipe(title: str) -> list[Edit]:
     return [edit(language, text) for language, text in blocks if language in ("python", "diff")]
 
 
+def printed(title: str) -> list[list[str]]:
+    """The commands that the section with this title shows for Python to run: their words behind `python`."""
+    _, _, section = GUIDE.read_text().partition(f"\n## {title}\n")
+    blocks = [match[3] for match in FENCE.finditer(section.partition("\n## ")[0]) if match[2] == "bash"]
+    lines = [line.split() for block in blocks for line in block.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["python"]]
+
+
 def edit(language: str, text: str) -> Edit:
     """What a block does."""
     first, _, rest = text.partition("\n")

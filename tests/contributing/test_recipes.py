@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipes import apply, copy_of_the_tree, recipe, run
+from recipes import apply, copy_of_the_tree, printed, recipe, run
 
 OPERATION, BACKEND = "Add an operation", "Add a backend"
 MODEL, DATA_SET, METRIC = "Add a model", "Add a data set", "Add a metric"
@@ -44,23 +44,26 @@ def test_a_backend_is_found_and_keeps_the_contract(project):
     assert contract(project(OPERATION, BACKEND), "plain and slot_energy") >= 3
 
 
-def test_a_data_set_loads(project):
+def test_a_data_set_loads_and_is_trained_on(project):
     copy = project(DATA_SET)
     program = "import data, torch; print(data.generator('stripes', 3).batch(torch.arange(3))[0].shape)"
     assert run(copy, "-c", program).split() == ["torch.Size([3,", "3,", "32,", "32])"]
-    run(copy, "-m", "data", "stripes", "sheet.png", "--scenes", "2")
+    for command in printed(DATA_SET):
+        run(copy, *command)
     assert (copy / "sheet.png").stat().st_size
+    (summary,) = copy.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["config"]["dataset"] == "stripes"
 
 
 def test_a_model_trains_and_a_metric_is_scored(project):
     copy = project(MODEL, METRIC)
-    command = ["train.py", "--model", "color-slots", "--preset", "smoke", "--fine-tune", "iio"]
-    printed = run(copy, *command, "--out", "run")
+    (command,) = printed(MODEL)
+    tables = run(copy, *command, "--out", "run")
     summary = json.loads((copy / "run" / "summary.json").read_text())
     assert summary["config"]["model"] == "color-slots"
     for phase in ("before", "after"):
         assert 0 < summary[phase]["background_unity"] <= 1
-    assert "one-slot bg" in printed
+    assert "one-slot bg" in tables
     assert "Color slots" in run(copy, "train.py", "--eval-only", "run/before.safetensors", "--eval-draws", "1")
 
 

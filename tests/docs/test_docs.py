@@ -19,6 +19,9 @@ from pages import PAGES, ROOT, anchors, blocks, commands, links, name, prose, sp
 from torch import nn
 
 import data.__main__ as data_command
+from iio_kernels import accelerate
+from iio_kernels.testing.families import OUTSIDE
+from iio_kernels.testing.families.family import Family
 from iio_kernels.testing.families.locatello import Locatello
 from models import iem
 from training.config import from_command_line
@@ -103,6 +106,16 @@ def test_what_is_checked_of_a_page_is_shown():
     assert set(LEFT) <= {name(page) for page in SHOWING}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", OUTSIDE.values(), ids=list(OUTSIDE))
+def test_what_is_left_alone_has_the_reason_that_the_report_gives(family: Family):
+    args, kwargs = family.arguments(family.small)
+    (entry,) = accelerate(family.make(family.small), *args, **kwargs).entries
+    rows = (ROOT / "docs/accelerate.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| {family.source} |")]
+    assert f"| left alone: {entry.what} |" in row
+
+
 @each_page
 def test_bash_blocks_parse(page: Path):
     for block in blocks(page, "bash"):
@@ -121,11 +134,20 @@ def parse(arguments: list[str], program: Callable[..., Any]) -> None:
         tyro.cli(program if isinstance(program, type) else nothing, args=arguments)
 
 
+#: What the recipes of CONTRIBUTING.md add, and what stands in for it here. Their own tests run the real ones.
+TOYS = {"stripes": "tetrominoes", "color-slots": "slot-attention"}
+
+
+def test_recipes_add_the_toys():
+    added = "".join(block.text for block in blocks(ROOT / "CONTRIBUTING.md", "python"))
+    assert [toy for toy in TOYS if f'"{toy}"' not in added] == []
+
+
 @each_page
 def test_commands_take_their_options(page: Path, request: pytest.FixtureRequest):
     for words in commands(page):
         try:
-            take(words, request.config)
+            take([TOYS.get(word, word) for word in words], request.config)
         except (SystemExit, pytest.UsageError) as error:
             pytest.fail(f"{name(page)}: {' '.join(words)}: {error}")
 
@@ -204,6 +226,36 @@ def test_links_lead_somewhere(page: Path):
 def test_every_page_is_linked_from_the_readme():
     reached = {(ROOT / target.partition("#")[0]).resolve() for target in links(ROOT / "README.md")}
     assert {page for page in PAGES if page.name != "README.md"} <= reached | {ROOT / "README.md"}
+
+
+#: The papers that the package stands on: title, authors, year and link. No public page of the last is known, nor who
+#: wrote it when; see docs/papers.md.
+CREDITED = (
+    (
+        "Object-Centric Learning with Slot Attention",
+        "Locatello, Weissenborn, Unterthiner, Mahendran, Heigold, Uszkoreit, Dosovitskiy, Kipf",
+        "2020", "https://arxiv.org/abs/2006.15055",
+    ),
+    (
+        "Multi-Object Representation Learning with Iterative Variational Inference",
+        "Greff, Kaufman, Kabra, Watters, Burgess, Zoran, Matthey, Botvinick, Lerchner",
+        "2019", "https://arxiv.org/abs/1903.00450",
+    ),
+    (
+        "Object-Centric Learning as Nested Optimization", "Chang, Levine, Griffiths",
+        "2022", "https://iclr.cc/virtual/2022/8047",
+    ),
+    ("Interaction Information Optimization", "", "", ""),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("title", "authors", "year", "link"), CREDITED, ids=[title for title, *_ in CREDITED])
+def test_papers_are_credited_with_authors_year_and_link(title: str, authors: str, year: str, link: str):
+    four = prose(ROOT / "docs/papers.md").partition("These stand beside them")[0]
+    (entry,) = [entry for item in four.split("\n- ")[1:] if f"*{title}*" in (entry := " ".join(item.split()))]
+    assert [name for name in authors.split(", ") if name not in entry] == []
+    assert year in entry
+    assert link in entry
 
 
 def test_the_readme_is_short():

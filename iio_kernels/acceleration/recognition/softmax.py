@@ -66,7 +66,7 @@ class SoftmaxRules(NumberRules):
             if slots and slots <= over <= slots | batch and inputs:
                 break
         else:
-            self.refused[self.node] = "it does not run over an axis that the queries alone have: no slots compete"
+            self.refused[self.node] = self._no_slots(set(of.a.axes), set(of.b.axes), over)
             return None
         if of.mask and not set(of.mask.value.axes) <= slots | batch:
             self.refused[self.node] = "its mask is not one of slots"
@@ -88,6 +88,13 @@ class SoftmaxRules(NumberRules):
             scales=of.scales,
         )  # fmt: skip
         return Value(logits.dims, Attention(softmax, self.node, logits.dims, own))
+
+    @staticmethod
+    def _no_slots(a: set[Axis], b: set[Axis], over: set[Axis]) -> str:
+        """Why a softmax over these axes does not run over slots, of logits whose factors have axes a and b."""
+        if over <= a & b and (a < b or b < a):
+            return "its keys differ from slot to slot"
+        return "it does not run over an axis that the queries alone have: no slots compete"
 
     def _no_logits(self, x: Node) -> str:
         """Why these are not a slot attention's logits: what they went through after a product, element by element."""
