@@ -173,7 +173,7 @@ def take(words: list[str], config: pytest.Config) -> None:
         elif module.startswith("bench."):
             from_command_line([] if words[3:] == [] else arguments[1:])  # behind the folder, options of train.py
         return None
-    assert words[0] in ("pip", "bench/gpu.sh", "mypy", "ruff", "git", "head"), f"not known: {words}"
+    assert words[0] in ("pip", "bench/gpu.sh", "mypy", "ruff", "clang-format", "git", "head"), f"not known: {words}"
     if "-e" in words:
         extras, project = re.findall(r"\[(\w+)\]", words[-1]), (ROOT / "pyproject.toml").read_text()
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
