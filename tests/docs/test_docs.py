@@ -21,7 +21,6 @@ from torch import nn
 import data.__main__ as data_command
 from iio_kernels import accelerate
 from iio_kernels.testing.families import OUTSIDE
-from iio_kernels.testing.families.family import Family
 from iio_kernels.testing.families.locatello import Locatello
 from models import iem
 from training.config import from_command_line
@@ -107,13 +106,13 @@ def test_what_is_checked_of_a_page_is_shown():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("family", OUTSIDE.values(), ids=list(OUTSIDE))
-def test_what_is_left_alone_has_the_reason_that_the_report_gives(family: Family):
-    args, kwargs = family.arguments(family.small)
-    (entry,) = accelerate(family.make(family.small), *args, **kwargs).entries
+def test_what_is_left_alone_has_the_reason_that_the_report_gives():
     rows = (ROOT / "docs/accelerate.md").read_text().splitlines()
-    (row,) = [row for row in rows if row.startswith(f"| {family.source} |")]
-    assert f"| left alone: {entry.what} |" in row
+    for family in OUTSIDE.values():
+        args, kwargs = family.arguments(family.small)
+        (entry,) = accelerate(family.make(family.small), *args, **kwargs).entries
+        (row,) = [row for row in rows if row.startswith(f"| {family.source} |")]
+        assert f"| left alone: {entry.what} |" in row
 
 
 @each_page
@@ -249,13 +248,13 @@ CREDITED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("title", "authors", "year", "link"), CREDITED, ids=[title for title, *_ in CREDITED])
-def test_papers_are_credited_with_authors_year_and_link(title: str, authors: str, year: str, link: str):
+def test_papers_are_credited_with_authors_year_and_link():
     four = prose(ROOT / "docs/papers.md").partition("These stand beside them")[0]
-    (entry,) = [entry for item in four.split("\n- ")[1:] if f"*{title}*" in (entry := " ".join(item.split()))]
-    assert [name for name in authors.split(", ") if name not in entry] == []
-    assert year in entry
-    assert link in entry
+    entries = [" ".join(item.split()) for item in four.split("\n- ")[1:]]
+    for title, authors, year, link in CREDITED:
+        (entry,) = [entry for entry in entries if f"*{title}*" in entry]
+        missing = [part for part in (*authors.split(", "), year, link) if part not in entry]
+        assert not missing, title
 
 
 def test_the_readme_is_short():
