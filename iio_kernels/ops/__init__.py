@@ -7,8 +7,8 @@
 - `schema.py`: the operators that torch sees, with what they return, and what calls them. One namespace of torch.ops is
   for compiled kernels, of which torch chooses by the device, another for Triton's.
 - `cpu.py`, `triton.py`, `cuda.py`: a backend each, imported when it first serves. A backend has the operations whose
-  folders have its file. Triton kernels stand in `triton.py`, or beside it in a `triton_<subject>.py` for each subject, C++ and
-  CUDA ones in csrc: `<operation>.h`, `.cpp`, `_bindings.cpp`, and `.cu`.
+  folders have its file. Triton kernels stand in `triton.py`, or beside it in a `triton_<subject>.py` for each subject.
+  C++ and CUDA ones stand in csrc: `<operation>.h`, `.cpp`, `_bindings.cpp`, and `.cu`.
 
 Three things stand beside the folder:
 
