@@ -42,6 +42,6 @@ def start(cache: Path | str, compiler: Path | str, program: str = PROGRAM, **env
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out, errors
