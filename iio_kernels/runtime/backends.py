@@ -23,11 +23,12 @@ from iio_kernels.runtime.torch_private import constant_when_compiled
 #: The folder of the operations, and their names, which are those of its folders.
 FOLDER = Path(__file__).parents[1] / "ops"
 OPERATIONS = tuple(sorted(found.name for found in pkgutil.iter_modules([str(FOLDER)]) if found.ispkg))
+_FILES = {op: {found.name for found in pkgutil.iter_modules([str(FOLDER / op)])} for op in OPERATIONS}
 
 
 def with_file(backend: str) -> tuple[str, ...]:
     """The operations whose folders have a file `backend`.py."""
-    return tuple(op for op in OPERATIONS if any(x.name == backend for x in pkgutil.iter_modules([str(FOLDER / op)])))
+    return tuple(op for op in OPERATIONS if backend in _FILES[op])
 
 
 @dataclass(frozen=True)

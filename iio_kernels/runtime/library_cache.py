@@ -46,7 +46,7 @@ def built(library: Library) -> Path:
     folders, name = cache_folders(), f"{library.name}-{library.fingerprint()}"
     try:
         compilers = library.compilers()
-        name += f"-{compilers_hash(compilers)}"
+        name += f"-{compilers_hash(compilers)}"  # behind the last dash: `_objects` reads it there
     except BuildError:
         for folder in folders:
             if path := _cached(folder, name):
@@ -146,13 +146,16 @@ def _build(library: Library, compilers: list[list[str]], folder: Path, name: str
     used = " and ".join(" ".join(compiler) for compiler in compilers)
     reason = f": {'; '.join(refused)}. IIO_KERNELS_CACHE can name another folder" if refused else ""
     say(f"compiling the {library.kernels} with {used}, once, in {library.time}, to {folder}{reason}")
-    objects = folder / f"objects-{library.name}-{_headers_hash(compilers)}"
+    objects = _objects(folder, name)
     try:
         sources, edges = library.sources(), library.edges(*compilers)
-        _take(objects, build)
+        taken = _take(objects, build)
         try:
             compilation.make(build, sources, edges)
-        except LinkError:  # as where a crash has left an object without its content: once more, from nothing
+        except LinkError:
+            if not taken:
+                raise
+            # As where a crash has left an object without its content: once more, from nothing.
             shutil.rmtree(build)
             build.mkdir(mode=0o700)
             compilation.make(build, sources, edges)
@@ -169,16 +172,21 @@ def _build(library: Library, compilers: list[list[str]], folder: Path, name: str
         shutil.rmtree(build, ignore_errors=True)
 
 
-def _headers_hash(compilers: list[list[str]]) -> str:
-    """Of what objects depend on that ninja does not see: torch's headers and the compilers themselves."""
-    return hashlib.blake2b(f"{torch.__version__} {compilers_hash(compilers)}".encode(), digest_size=4).hexdigest()
+def _objects(folder: Path, name: str) -> Path:
+    """Where the objects of a library lie: those of other compilers or headers of torch's, which ninja does not see, lie
+    elsewhere."""
+    library, _, compilers = name.split("-")
+    made_with = hashlib.blake2b(f"{torch.__version__} {compilers}".encode(), digest_size=4).hexdigest()
+    return folder / f"objects-{library}-{made_with}"
 
 
-def _take(objects: Path, build: Path) -> None:
-    """Make an empty folder that of the objects of the last build, where there is one of this user's."""
+def _take(objects: Path, build: Path) -> bool:
+    """Make an empty folder that of the objects of the last build; False where there is none of this user's."""
     with contextlib.suppress(OSError):
         if os.name == "posix" and objects.stat().st_uid == os.geteuid():
             os.replace(objects, build)
+            return True
+    return False
 
 
 def _keep(build: Path, objects: Path) -> None:

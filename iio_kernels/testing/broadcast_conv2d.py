@@ -16,6 +16,7 @@ from iio_kernels.ops.broadcast_conv2d.api import broadcast_conv2d
 from iio_kernels.ops.broadcast_conv2d.common import classes
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing import tensors
 from iio_kernels.testing.aot import arithmetic, on_meta
 
 
@@ -156,7 +157,7 @@ STRIDED_CONV = Case("transposed", size=(6, 5), stride=(2, 2), output_padding=(1,
 
 def random_like(x: Tensor) -> Tensor:
     """Random numbers (fixed seed) in x's shape and dtype."""
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    return tensors.random_like(x)[0]
 
 
 def results(

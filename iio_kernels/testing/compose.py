@@ -3,7 +3,6 @@ moved and FLOPs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from iio_kernels.ops.compose.api import compose, composition_error
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
+from iio_kernels.testing.tensors import random_like
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,6 @@ def literal_composition_error(image: Tensor, decoded: Tensor) -> tuple[Tensor, T
 NAMES = ("error or reconstruction", "masks", "dimage", "ddecoded")
 
 
-def random_like(*tensors: Tensor) -> list[Tensor]:
-    """Random numbers (fixed seed) in the tensors' shapes and dtypes."""
-    random = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=random).to(x) for x in tensors]
-
-
 def results(
     function: Callable[..., Sequence[Tensor]],
     image: Tensor,
@@ -127,32 +121,6 @@ def composed(
     options = {} if backend is None else {"backend": backend}
     function = literal_compose if backend is None else compose
     return results(lambda _, decoded: function(decoded, **options), image, decoded, incoming)
-
-
-def strided(x: Tensor, how: str) -> Tensor:
-    """The same values under other strides."""
-    if how == "transposed":
-        return x.mT.contiguous().mT
-    if how == "channels last":
-        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
-    if how == "channels last, sliced":
-        wide = torch.full((*x.shape[:-3], *x.shape[-2:], 3 * x.shape[-3] + 1), math.nan).to(x)
-        return wide[..., 1::3].copy_(x.movedim(-3, -1)).movedim(-1, -3)
-    if how == "slots last":  # (B, H, W, C + 1, K)
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if how == "sliced":
-        wide = torch.full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), math.nan).to(x)
-        return wide[..., ::2, 1::3].copy_(x)
-    if how == "planes sliced":
-        wide = torch.full((x.shape[0], 2 * x.shape[1] + 1, *x.shape[2:]), math.nan).to(x)
-        return wide[:, 1::2].copy_(x)
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    if how == "expanded over pixels":
-        return x[..., :1, :1].expand_as(x)
-    if how == "of one number":
-        return x.flatten()[0].expand_as(x)
-    raise ValueError(how)
 
 
 # --- the samples -------------------------------------------------------------------------------------------

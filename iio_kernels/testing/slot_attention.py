@@ -16,6 +16,7 @@ from iio_kernels.ops.slot_attention.api import slot_attention
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
+from iio_kernels.testing.tensors import random_like
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,7 @@ def results(
     """U, A and the gradients to q, k, v; those to U and A are `incoming`, else random (fixed seed)."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
     outputs = function(*leaves, **options)
-    if incoming is None:
-        random = torch.Generator().manual_seed(1)
-        incoming = [torch.randn(x.shape, generator=random).to(x) for x in outputs]
+    incoming = random_like(*outputs) if incoming is None else incoming
     # Of nothing at all (no images, everything masked) the literal formula has no graph.
     pairs = [(x, g) for x, g in zip(outputs, incoming, strict=True) if x.requires_grad]
     gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
@@ -242,21 +241,6 @@ def from_inputs(
     shapes.append((*heads, case.Dv))
     x, _, wk, bk, wv, bv = (torch.randn(shape, generator=random, dtype=q.dtype).to(device) for shape in shapes)
     return (x, q, wk, bk if biases else None, wv, bv if biases else None), options
-
-
-def strided(x: Tensor, how: str) -> Tensor:
-    """The same values under other strides."""
-    if how == "transposed":
-        return x.mT.contiguous().mT
-    if how == "sliced":
-        wide = torch.full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), float("nan")).to(x)
-        view = wide[..., ::2, 1::3]
-        return view.copy_(x)
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    if how == "heads":  # (B, N, H, D) seen as (B, H, N, D)
-        return x.transpose(0, -2).contiguous().transpose(0, -2)
-    raise ValueError(how)
 
 
 # --- what is measured -------------------------------------------------------------------------------------

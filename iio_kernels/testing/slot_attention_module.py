@@ -14,6 +14,7 @@ from torch import Tensor
 from iio_kernels.ops.slot_attention_module.api import SlotAttentionWeights, slot_attention_module
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
+from iio_kernels.testing import tensors
 from iio_kernels.testing.aot import arithmetic, on_meta
 
 
@@ -140,10 +141,8 @@ SMALL = Case("small", B=1, N=5, K=2, Dx=2, D=3, H=2, Dk=2, T=2)
 Arguments: TypeAlias = tuple[Tensor, Tensor, SlotAttentionWeights, int]
 
 
-def random_like(*tensors: Tensor) -> list[Tensor]:
-    """Random numbers (fixed seed) in the tensors' shapes and dtypes."""
-    random = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x) for x in tensors]
+#: Drawn in float64, whatever the dtype.
+random_like = partial(tensors.random_like, drawn_in=torch.float64)
 
 
 def results(

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 from iio_kernels.runtime.backends import implementation
 from iio_kernels.runtime.numerics import twice_and_4_units
 from iio_kernels.testing.aot import arithmetic, on_meta
-from iio_kernels.testing.compose import random_like
+from iio_kernels.testing.tensors import random_like
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,6 @@ WARNINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_traces():
-    torch._dynamo.reset()
-
-
 def without_noise(model: nn.Module, num_slots: int) -> nn.Module:
     """Initial slots that are drawn are learnt, one by one: float64 would draw other numbers than float32."""
     for name, parameter in list(model.named_parameters(recurse=False)):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from running import WARNINGS, Model, Step, own_traces  # noqa: F401
+from running import WARNINGS, Model, Step
 from spellings import split_last
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -16,11 +16,6 @@ from iio_kernels.testing.families import FAMILIES
 B, N, K, X, D = 3, 7, 4, 10, 8
 
 
-@pytest.fixture(autouse=True)
-def _own_traces():
-    torch._dynamo.reset()
-
-
 class Masked(nn.Module):
     def __init__(self, attend: Callable) -> None:
         super().__init__()

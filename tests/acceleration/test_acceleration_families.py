@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from running import WARNINGS, assert_same, own_traces, without_noise  # noqa: F401
+from running import WARNINGS, assert_same, without_noise
 
 from iio_kernels import accelerate
 from iio_kernels.acceleration import Accelerated

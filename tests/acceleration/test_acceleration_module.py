@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from running import WARNINGS, Model, Step, assert_equal_runs, own_traces, results  # noqa: F401
+from running import WARNINGS, Model, Step, assert_equal_runs, results
 from spellings import split_last
 from torch import Tensor, nn
 

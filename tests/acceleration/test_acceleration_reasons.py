@@ -9,7 +9,7 @@ import pytest
 import torch
 from asserting import Iterations
 from near_misses import dropped_out, ordinary
-from running import WARNINGS, Step, own_traces  # noqa: F401
+from running import WARNINGS, Step
 from spellings import split_last
 from torch import Tensor, nn
 

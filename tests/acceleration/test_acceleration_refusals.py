@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from near_misses import OTHERS, keys_overwritten, partly_without_gradient
-from running import WARNINGS, Step, own_traces, results  # noqa: F401
+from running import WARNINGS, Step, results
 from spellings import SPELLINGS, split_last
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from running import WARNINGS, Step, assert_same, own_traces, results  # noqa: F401
+from running import WARNINGS, Step, assert_same, results
 from spellings import (
     SPELLINGS,
     at_least,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from asserting import Asserts, AssertsNot, AssertsWithout, Iterations, Raises
-from running import WARNINGS, Step, assert_same, own_traces  # noqa: F401
+from running import WARNINGS, Step, assert_same
 from spellings import split_last
 from torch import Tensor, nn
 

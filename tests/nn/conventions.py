@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iio_kernels.nn import SlotAttention
 from iio_kernels.testing.slot_attention_layer import literal_slot_attention_layer
+from iio_kernels.testing.slot_attention_module import random_like
 
 NAN = float("nan")
 
@@ -116,11 +117,6 @@ def masks(device: str = "cpu") -> dict[str, Tensor]:
         "slot_mask": torch.tensor([[True, False, True], [True, True, False]], device=device),
         "input_mask": (torch.rand(B, N, generator=random) < 0.7).to(device),
     }
-
-
-def random_like(*tensors: Tensor) -> list[Tensor]:
-    random = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x) for x in tensors]
 
 
 def results(function, module: SlotAttention, inputs: Tensor, slots: Tensor, **arguments: Any) -> dict[str, Tensor]:

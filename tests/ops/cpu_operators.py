@@ -18,6 +18,7 @@ from iio_kernels.testing import broadcast_conv2d as broadcast_spec
 from iio_kernels.testing import compose as composition_spec
 from iio_kernels.testing import slot_attention_module as iterations_spec
 from iio_kernels.testing import spatial_mixture as mixture_spec
+from iio_kernels.testing.tensors import random_like
 
 if build.missing() is not None:
     pytest.skip(f"no CPU kernels: {build.missing()}", allow_module_level=True)
@@ -128,7 +129,7 @@ def composition(
 def composition_backward(wanted=(True, True), **how) -> dict[str, object]:
     arguments = composition(**how)
     x_hat, a, errors = ops.composition_forward(**arguments)
-    d_x_hat, d_a, d_errors = composition_spec.random_like(x_hat, a, errors)
+    d_x_hat, d_a, d_errors = random_like(x_hat, a, errors)
     incoming = {
         "d_reconstruction": d_x_hat if wanted[0] else None,
         "d_masks": d_a if wanted[1] else None,
@@ -148,7 +149,7 @@ def mixture(dtype=F32, B=2, K=3, C=3, H=11, W=13, channels_last=True, everything
 def mixture_backward(everything=True, **how) -> dict[str, object]:
     arguments = mixture(**how)
     log_likelihood, m, q, _, d_nll = ops.mixture_forward(**arguments)
-    g, dm, dq = composition_spec.random_like(log_likelihood, m, q)
+    g, dm, dq = random_like(log_likelihood, m, q)
     del arguments["everything"]
     others = {"d_masks": dm, "d_posterior": dq} if everything else {"d_masks": None, "d_posterior": None}
     kept = {"masks": m, "posterior": q, "d_nll": d_nll} if everything else {}
@@ -195,7 +196,7 @@ def iterations(dtype=F32, B=2, N=37, K=3, Dx=5, D=7, H=6, T=2, eps=1e-3, return_
 def iterations_backward(**how) -> dict[str, object]:
     arguments = iterations(**how)
     slots, attention, tape = ops.iterations_forward(**arguments)
-    d_slots, d_attention = composition_spec.random_like(slots, attention)
+    d_slots, d_attention = random_like(slots, attention)
     incoming = {"d_slots": d_slots, "d_attention": d_attention if arguments["return_attention"] else None}
     return {**incoming, "tape": tape, **{name: arguments[name] for name in ("x", "weights", "eps")}}
 

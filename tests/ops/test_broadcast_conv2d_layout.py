@@ -6,7 +6,6 @@ import pytest
 import torch
 from comparing import comparison
 from marks import DTYPES
-from torch import Tensor
 
 from iio_kernels import broadcast_conv2d
 from iio_kernels.testing.broadcast_conv2d import (
@@ -16,31 +15,12 @@ from iio_kernels.testing.broadcast_conv2d import (
     random_like,
     run,
 )
+from iio_kernels.testing.tensors import strided
 
 OPERATION = "broadcast_conv2d"
 each_kind = pytest.mark.parametrize("kind", [Case("conv"), STRIDED_CONV], ids=lambda case: case.name)
 NAN = float("nan")
 assert_all_close = comparison(NAMES, 1e-12)
-
-
-def _strided(x: Tensor, how: str) -> Tensor:
-    """The same values under other strides."""
-    if how == "transposed":
-        return x.mT.contiguous().mT
-    if how == "channels first":
-        return x.contiguous()
-    if how == "channels last":
-        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
-    if how == "sliced":
-        wide = torch.full((*x.shape[:-2], 2 * x.shape[-2], 3 * x.shape[-1] + 1), NAN).to(x)
-        return wide[..., ::2, 1::3].copy_(x)
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    if how == "expanded over pixels":
-        return x[..., :1, :1].expand_as(x)
-    if how == "of one number":
-        return x.flatten()[0].expand_as(x)
-    raise ValueError(how)
 
 
 STRIDES = ["transposed", "channels first", "channels last", "sliced", "expanded", "expanded over pixels"]
@@ -54,8 +34,8 @@ each_stride = pytest.mark.parametrize("how", STRIDES)
 def test_strided_inputs(how, kind, backend, device):
     (z, weight, position_map), options = kind.make(device=device)
     views = (
-        _strided(z, "transposed" if how.startswith("channels") else how),
-        *(_strided(x, how) for x in (weight, position_map)),
+        strided(z, "transposed" if how.startswith("channels") else how),
+        *(strided(x, how) for x in (weight, position_map)),
     )
     expected = run([x.clone(memory_format=torch.contiguous_format) for x in views], backend, **options)
     leaves = [x.detach().requires_grad_() for x in views]
@@ -69,7 +49,7 @@ def test_strided_inputs(how, kind, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_strided_incoming_gradients(how, kind, dtype, backend, device):
     tensors, options = kind.make(dtype, device)
-    incoming = _strided(random_like(run(tensors, backend, **options)[0]), how)
+    incoming = strided(random_like(run(tensors, backend, **options)[0]), how)
     expected = run(tensors, backend, incoming.clone(memory_format=torch.contiguous_format), **options)
     for x, y in zip(run(tensors, backend, incoming, **options), expected, strict=True):
         assert torch.equal(x, y)

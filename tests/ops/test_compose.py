@@ -21,10 +21,10 @@ from iio_kernels.testing.compose import (
     composed,
     literal_compose,
     literal_composition_error,
-    random_like,
     results,
     run,
 )
+from iio_kernels.testing.tensors import random_like
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 assert_all_close = comparison(NAMES, 1e-12)

@@ -9,14 +9,8 @@ from marks import each_dtype, kernels_alone
 from torch import Tensor
 
 from iio_kernels import CompositionFunction, compose, composition_error
-from iio_kernels.testing.compose import (
-    NAMES,
-    Case,
-    composed,
-    random_like,
-    results,
-    run,
-)
+from iio_kernels.testing.compose import NAMES, Case, composed, results, run
+from iio_kernels.testing.tensors import random_like
 
 OPERATION = "compose"
 assert_all_close = comparison(NAMES, 1e-12)

@@ -9,14 +9,8 @@ from marks import DTYPES, NAMESPACES, kernels_alone
 from torch import Tensor
 
 from iio_kernels import compose, composition_error
-from iio_kernels.testing.compose import (
-    NAMES,
-    Case,
-    composed,
-    random_like,
-    run,
-    strided,
-)
+from iio_kernels.testing.compose import NAMES, Case, composed, run
+from iio_kernels.testing.tensors import random_like, strided
 
 OPERATION = "compose"
 assert_all_close = comparison(NAMES, 1e-12)

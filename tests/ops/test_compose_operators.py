@@ -9,12 +9,8 @@ from marks import NAMESPACES, compiles, kernels_alone
 
 from iio_kernels import compose, composition_error
 from iio_kernels.runtime import backends
-from iio_kernels.testing.compose import (
-    NAMES,
-    Case,
-    random_like,
-    results,
-)
+from iio_kernels.testing.compose import NAMES, Case, results
+from iio_kernels.testing.tensors import random_like
 
 OPERATION = "compose"
 assert_all_close = comparison(NAMES, 1e-12)

@@ -71,4 +71,5 @@ def test_any_large_image(B, C, K, H, W, half, repeats, number):
             got = iio_spec.results(function, *tensors, incoming, backend="cpu", **options)
         if kernel_size == 1 and function is conditional_entropies:  # residuals are rounding errors, and their signs
             got, expected = got[:1] * 3, expected[:1] * 3
-        iio_spec.assert_all_close(got, expected, relative=1e-9)
+        # Of images of a pixel the gradients cancel to the rounding of their terms.
+        iio_spec.assert_all_close(got, expected, relative=1e-9, absolute=1e-13)

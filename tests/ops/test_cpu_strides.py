@@ -32,6 +32,7 @@ from iio_kernels import (
 )
 from iio_kernels.testing import iio_loss as iio_spec
 from iio_kernels.testing import slot_attention as attention_spec
+from iio_kernels.testing.tensors import strided
 
 
 def restrided(x: Tensor, how: str) -> Tensor:
@@ -41,7 +42,7 @@ def restrided(x: Tensor, how: str) -> Tensor:
         return x.repeat_interleave(2)[::2]
     if x.dim() == 2 and how == "heads":
         how = "transposed"
-    return attention_spec.strided(x, how)
+    return strided(x, how)
 
 
 each_stride = pytest.mark.parametrize("how", ["transposed", "sliced", "expanded", "heads", "of one number"])

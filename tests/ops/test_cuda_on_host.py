@@ -17,7 +17,8 @@ from torch import Tensor
 from iio_kernels import conditional_entropies, iio_loss, inpaint
 from iio_kernels.runtime import build
 from iio_kernels.runtime.backends import BACKENDS
-from iio_kernels.testing.iio_loss import CASES, Case, strided
+from iio_kernels.testing.iio_loss import CASES, Case
+from iio_kernels.testing.tensors import strided
 
 try:
     build.find_compiler()

@@ -7,13 +7,8 @@ import torch
 
 from iio_kernels import IIOLossFunction, conditional_entropies, iio_loss, inpaint
 from iio_kernels.ops.iio_loss.common import Inpainter
-from iio_kernels.testing.iio_loss import (
-    Case,
-    assert_all_close,
-    results,
-    run,
-    strided,
-)
+from iio_kernels.testing.iio_loss import Case, assert_all_close, results, run
+from iio_kernels.testing.tensors import strided
 
 OPERATION = "iio_loss"
 DEFAULTS = Inpainter(sigma=5.0, kernel_size=11, repeats=2, eps=1e-8)

@@ -12,7 +12,8 @@ from marks import DTYPES, compiles, each_dtype
 
 from iio_kernels import iio_loss
 from iio_kernels.ops.iio_loss import sampling
-from iio_kernels.testing.iio_loss import Case, allowed_error, assert_all_close, results, run_drawn, seeded, strided
+from iio_kernels.testing.iio_loss import Case, allowed_error, assert_all_close, results, run_drawn, seeded
+from iio_kernels.testing.tensors import strided
 
 OPERATION = "iio_loss"
 NAMESPACES = {

@@ -7,12 +7,8 @@ import torch
 from comparing import comparison
 
 from iio_kernels import slot_attention
-from iio_kernels.testing.slot_attention import (
-    NAMES,
-    Case,
-    run,
-    strided,
-)
+from iio_kernels.testing.slot_attention import NAMES, Case, run
+from iio_kernels.testing.tensors import strided
 
 OPERATION = "slot_attention"
 assert_all_close = comparison(NAMES, 1e-11)

@@ -8,8 +8,8 @@ from comparing import comparison
 from marks import NAMESPACES, kernels_alone
 
 from iio_kernels import spatial_mixture
-from iio_kernels.testing.compose import random_like, strided
 from iio_kernels.testing.spatial_mixture import NAMES, Case, literally, results
+from iio_kernels.testing.tensors import random_like, strided
 
 OPERATION = "spatial_mixture"
 assert_all_close = comparison(NAMES, 1e-12)

@@ -8,8 +8,8 @@ from comparing import comparison
 from marks import NAMESPACES
 
 from iio_kernels import MixtureFunction, mixture_log_likelihood, spatial_mixture
-from iio_kernels.testing.compose import random_like
 from iio_kernels.testing.spatial_mixture import NAMES, Case, results
+from iio_kernels.testing.tensors import random_like
 
 OPERATION = "spatial_mixture"
 assert_all_close = comparison(NAMES, 1e-12)

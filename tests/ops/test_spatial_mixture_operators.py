@@ -9,8 +9,8 @@ from marks import NAMESPACES, compiles, kernels_alone
 
 from iio_kernels import mixture_log_likelihood, spatial_mixture
 from iio_kernels.runtime import backends
-from iio_kernels.testing.compose import random_like
 from iio_kernels.testing.spatial_mixture import NAMES, Case, results
+from iio_kernels.testing.tensors import random_like
 
 OPERATION = "spatial_mixture"
 assert_all_close = comparison(NAMES, 1e-12)

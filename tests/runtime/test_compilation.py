@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from building import PROGRAM, finish, start
 
-from iio_kernels.runtime import build, compilation
+from iio_kernels.runtime import build, compilation, library_cache
+from iio_kernels.runtime.build_errors import LinkError
 from iio_kernels.runtime.libraries import LINKED, Edge
 
 
@@ -78,3 +80,27 @@ def test_without_ninja_the_reference_serves(tmp_path):
     out, errors = finish(start(tmp_path / "cache", "c++", "import sys; sys.modules['ninja'] = None\n" + PROGRAM))
     assert "serves: ['reference']" in out
     assert "the package ninja, which compiles them, is not installed: `pip install ninja`" in errors
+
+
+def test_kept_objects_that_do_not_link_are_made_anew(tmp_path, monkeypatch):
+    """Once: where nothing was kept, the failure is told."""
+    held = []
+
+    def make(folder, sources, edges):
+        held.append([path.name for path in folder.iterdir()])
+        if held[-1] or "always" in sources:
+            raise LinkError("it does not link")
+        (folder / LINKED).write_text("a library")
+
+    library = SimpleNamespace(name="cpu", kernels="kernels", time="no time", sources=list, edges=lambda *_: [])
+    monkeypatch.setattr(compilation, "make", make)
+    objects = library_cache._objects(tmp_path, "cpu-1-2")
+    objects.mkdir()
+    (objects / "damaged.o").touch()
+    assert library_cache._build(library, [["c++"]], tmp_path, "cpu-1-2", []).read_text() == "a library"
+    assert held == [["damaged.o"], []]
+    library.sources = lambda: ["always"]
+    shutil.rmtree(objects)
+    with pytest.raises(LinkError):
+        library_cache._build(library, [["c++"]], tmp_path, "cpu-1-2", [])
+    assert held[2:] == [[]]

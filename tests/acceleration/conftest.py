@@ -1,0 +1,9 @@
+"""Tests of `accelerate` begin without traces."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def own_traces():
+    torch._dynamo.reset()
